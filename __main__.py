@@ -1,0 +1,5 @@
+"""`python -m sixfold` is the `sixfold` command."""
+
+from .server.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The hardware-neutral engine: requests, scheduling, caches, ops' contracts. No torch, no mlx."""

@@ -1,0 +1,47 @@
+"""What a user may set. Few fields; a field left at None is decided later, with a recorded reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The engine's configuration as the user gave it. A set value is honoured or startup fails."""
+
+    model: str = ""  # directory, .gguf file, hub id; "" = the bundled demo model
+    platform: str | None = None
+    device_index: int = 0
+    dtype: str | None = None
+    max_context: int | None = None
+    page_size: int | None = None
+    cache_tokens: int | None = None
+    memory_fraction: float | None = None
+    max_rows: int = 64  # sequences in one step
+    max_step_tokens: int = 2048  # token budget of one step
+    max_queue: int = 1024  # waiting requests before 429
+    prefix_cache: bool = True
+    eviction: str = "lru"  # lru | lfu | priority
+    overlap: bool = True
+    threads: int | None = None
+    kernels: dict[str, str] = field(default_factory=dict)  # op -> provider
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, want: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name} must be {want}, got {getattr(self, name)!r}.")
+
+        for name in ("max_context", "page_size", "cache_tokens", "threads"):
+            value = getattr(self, name)
+            need(value is None or value >= 1, name, "at least 1")
+        for name in ("max_rows", "max_step_tokens", "max_queue"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        fraction = self.memory_fraction
+        need(fraction is None or 0 < fraction <= 1, "memory_fraction", "in (0, 1]")
+        need(self.dtype in (None, "float32", "bfloat16", "float16"), "dtype", "float32, bfloat16 or float16")
+        need(self.eviction in ("lru", "lfu", "priority"), "eviction", "lru, lfu or priority")
+        need(self.device_index >= 0, "device_index", "at least 0")
+        need(self.max_step_tokens >= self.max_rows, "max_step_tokens", f"at least max_rows ({self.max_rows})")

@@ -1,0 +1,50 @@
+"""What a torch model gives the runtime, and what it is given. No device, no vendor, no cache here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..platforms.interface_attention import AttentionSpec
+from ..platforms.interface_kv import CacheNeed
+
+
+class Attend(Protocol):
+    """Stores k and v in the layer's cache and attends. The runtime binds it anew for every step."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, heads, dim), k and v (T, kv_heads, dim), rope applied -> (T, heads, dim)."""
+        ...
+
+
+class Model(nn.Module):
+    """A decoder-only language model over a packed step of T tokens (rows concatenated)."""
+
+    def cache_needs(self) -> Sequence[CacheNeed]:
+        """One per layer."""
+        raise NotImplementedError
+
+    def attention_specs(self) -> Sequence[AttentionSpec]:
+        """One per layer; layers with equal cache needs have equal specs."""
+        raise NotImplementedError
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """token_ids, positions (T,) int -> hidden states (T, hidden) after the final norm."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, hidden) -> (N, vocab) float32. Called only for positions whose logits are wanted."""
+        raise NotImplementedError
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all distinct parameters and buffers (tied tensors count once)."""
+    seen: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        seen[tensor.data_ptr() if tensor.device != torch.device("meta") else id(tensor)] = (
+            tensor.numel() * tensor.element_size()
+        )
+    return sum(seen.values())

@@ -1,0 +1,1 @@
+"""Hardware: the only package that knows vendors. Everything above speaks `platforms.interface`."""

@@ -1,0 +1,51 @@
+"""Attention backends: plan (host), bind (static-shape device work), run (per layer)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .interface import DeviceFacts
+from .interface_kv import KVGroup, KVLayout
+from .interface_step import StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """The static facts of one attention call site (equal for all layers of a cache group)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0  # 0 = unlimited
+    soft_cap: float = 0.0  # 0 = off; else cap * tanh(logits / cap)
+    sinks: bool = False
+    dtype: str = "float32"
+
+
+class AttentionBackend(Protocol):
+    """Causal attention of a step's rows over paged keys and values, prefill and decode in one call.
+
+    Per group and step: `plan` once (host work, numpy only, same code for eager and captured
+    steps), `bind` once (puts the plan on the device; no allocation inside a captured region),
+    `run` per layer.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def accepts(self, spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
+        """All reasons why this backend cannot serve `spec`; empty when it can."""
+        ...
+
+    def layout(self, group: KVGroup, spec: AttentionSpec, layers: int) -> KVLayout: ...
+
+    def plan(self, batch: StepBatch, group: KVGroup) -> Any: ...
+
+    def bind(self, plan: Any) -> Any: ...
+
+    def run(self, bound: Any, pool: Any, layer: int, q: Any, k: Any, v: Any, spec: AttentionSpec) -> Any:
+        """q (T, heads, dim), k and v (T, kv_heads, dim), rope already applied. Writes k and v to the
+        pool, then attends; returns (T, heads, dim). `layer` counts within the group."""
+        ...

@@ -1,0 +1,115 @@
+"""What crosses between the shared engine and an executor at every step. Plain numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntFlag
+
+import numpy as np
+from numpy.typing import NDArray
+
+I32 = NDArray[np.int32]
+U32 = NDArray[np.uint32]
+U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
+
+LAST_TOKEN = -1
+"""In `StepBatch.token_ids`: the token that this row sampled in its previous step."""
+
+
+class Want(IntFlag):
+    """What a row wants from a step."""
+
+    NOTHING = 0
+    SAMPLE = 1  # one token from the logits of the row's last position
+    PROMPT_LOGPROBS = 2  # log-probabilities of `prompt_targets` at every position of the row
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy one page inside a cache group, before the step runs."""
+
+    group: str
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingArrays:
+    """Sampling parameters of the R rows of a step, as arrays of length R unless stated.
+
+    Order of application (fixed, see `common/ops/sample.py`): logit bias, repetition, presence and
+    frequency penalty, grammar mask, temperature, top-k, top-p, min-p, draw by `uniform` in
+    vocabulary order. Log-probabilities are of the raw logits, before all of these.
+    """
+
+    temperature: F32  # 0 = greedy (lowest id wins a tie)
+    top_k: I32  # 0 = off
+    top_p: F32  # 1 = off
+    min_p: F32  # 0 = off
+    repetition_penalty: F32  # 1 = off; over prompt and output
+    presence_penalty: F32  # 0 = off; over output
+    frequency_penalty: F32  # 0 = off; over output
+    uniform: NDArray[np.float64]  # the draw in [0, 1), from (seed, position)
+    logprobs: I32  # -1 = none, n = the chosen token's and the n best
+    bias_start: I32  # (R+1,) offsets into bias_ids / bias_values; -inf bans a token
+    bias_ids: I32
+    bias_values: F32
+    # Tokens so far of rows that have a penalty (empty range for others); a pending LAST_TOKEN is
+    # not among them: the executor adds it to the output part.
+    prompt_start: I32  # (R+1,)
+    prompt_ids: I32
+    output_start: I32  # (R+1,)
+    output_ids: I32
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step. R rows, T new tokens in all, each row has n >= 1 of them.
+
+    Guarantee that executors give: within a step, and per layer, all new keys and values are written
+    before any row attends; so a row may read pages that another row of the same step writes.
+    Page 0 of every group is the null page: never read for its value, free to be written to.
+    """
+
+    step: int
+    row_ids: I32  # (R,) stable handle of each sequence, 0 <= handle < max_rows
+    token_ids: I32  # (T,) LAST_TOKEN = what this row sampled last
+    query_start: I32  # (R+1,)
+    context_lens: I32  # (R,) tokens already in the cache before this step
+    page_tables: Mapping[str, I32]  # group -> (R, P), padded with 0; window groups have 0 = released
+    want: U8  # (R,) Want flags
+    sampling: SamplingArrays
+    state_slots: Mapping[str, I32] = field(default_factory=dict)  # recurrent groups: (R,)
+    moves: tuple[PageCopy, ...] = ()
+    grammar_mask: U32 | None = None  # (R, ceil(V/32)), bit set = allowed; rows without grammar all ones
+    prompt_targets: I32 | None = None  # (T,) the next prompt token of each position, -1 = none
+
+    @property
+    def rows(self) -> int:
+        return len(self.row_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of one row's prompt targets, for its positions that have a target (n)."""
+
+    row: int  # index into the step's rows
+    token_logprobs: F32  # (n,)
+    top_ids: I32  # (n, K), best first
+    top_logprobs: F32  # (n, K)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Rows are those of the StepBatch of the same `step`, in order; rows that did not sample hold -1."""
+
+    step: int
+    token_ids: I32  # (R, k) sampled tokens; k = 1 without speculation
+    accepted: I32  # (R,) how many of the k are real (0 for rows that did not sample)
+    logprobs: F32 | None = None  # (R,) of the sampled token; None when no row asked
+    top_ids: I32 | None = None  # (R, K)
+    top_logprobs: F32 | None = None  # (R, K)
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    device_seconds: float = 0.0
