@@ -1,4 +1,4 @@
-"""What a user may set. Few fields; a field left at None is decided later, with a recorded reason."""
+"""What a user may set. A field left at None is decided later, with a recorded reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,12 @@ class EngineConfig:
             need(getattr(self, name) >= 1, name, "at least 1")
         fraction = self.memory_fraction
         need(fraction is None or 0 < fraction <= 1, "memory_fraction", "in (0, 1]")
-        need(self.dtype in (None, "float32", "bfloat16", "float16"), "dtype", "float32, bfloat16 or float16")
+        dtypes = (None, "float32", "bfloat16", "float16")
+        need(self.dtype in dtypes, "dtype", "float32, bfloat16 or float16")
         need(self.eviction in ("lru", "lfu", "priority"), "eviction", "lru, lfu or priority")
         need(self.device_index >= 0, "device_index", "at least 0")
-        need(self.max_step_tokens >= self.max_rows, "max_step_tokens", f"at least max_rows ({self.max_rows})")
+        need(
+            self.max_step_tokens >= self.max_rows,
+            "max_step_tokens",
+            f"at least max_rows ({self.max_rows})",
+        )

@@ -50,4 +50,6 @@ def to_record(decision: Decision) -> dict[str, Any]:
 
 def from_record(record: dict[str, Any]) -> Decision:
     rejected = tuple((str(c), str(r)) for c, r in record["rejected"])
-    return Decision(record["what"], record["chosen"], record["because"], rejected, record["fallback"])
+    return Decision(
+        record["what"], record["chosen"], record["because"], rejected, record["fallback"]
+    )

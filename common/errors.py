@@ -48,7 +48,9 @@ class RequestError(SixfoldError):
 
 
 class ContextLengthExceeded(RequestError):
-    def __init__(self, limit: int, prompt: int, output: int | None, param: str = "messages") -> None:
+    def __init__(
+        self, limit: int, prompt: int, output: int | None, param: str = "messages"
+    ) -> None:
         asked = f"{prompt} in the prompt" + (f", {output} for the completion" if output else "")
         super().__init__(
             f"This model's maximum context length is {limit} tokens. However, you requested "
@@ -66,6 +68,8 @@ class QueueFull(RequestError):
 
     def __init__(self, limit: int, retry_after: int = 1) -> None:
         super().__init__(
-            f"The request queue is full ({limit} waiting). Retry in {retry_after} s.", None, "queue_full"
+            f"The request queue is full ({limit} waiting). Retry in {retry_after} s.",
+            None,
+            "queue_full",
         )
         self.retry_after = retry_after

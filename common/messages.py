@@ -9,8 +9,8 @@ import msgspec
 from .sampling import SamplingParams
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Base: every message is a tagged struct."""
+class Message(msgspec.Struct, kw_only=True, tag=True):
+    """Base: every message is a tagged struct, not changed after it is made."""
 
 
 # ---- front end -> engine
@@ -57,7 +57,9 @@ class Output(Message):
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, complete; first entry None
     finish_reason: str | None = None
     stop_token_id: int | None = None  # the token that ended it, for finish_reason "stop"
-    cached_tokens: int | None = None  # prompt tokens served from the prefix tree; in the first message
+    cached_tokens: int | None = (
+        None  # prompt tokens served from the prefix tree; in the first message
+    )
     error: ErrorBody | None = None  # with finish_reason "error"
 
 

@@ -10,8 +10,8 @@ from .errors import RequestError
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that decides which tokens a request gets. Text-level stop strings are applied where
-    text exists (common/text), not here."""
+    """Everything that decides which tokens a request gets. Stop strings are applied where text
+    exists (common/text), not here."""
 
     max_tokens: int | None = None  # None = up to the context limit
     min_tokens: int = 0
@@ -44,7 +44,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
         need(self.min_tokens >= 0, "min_tokens", "at least 0")
         limit = self.max_tokens
-        need(limit is None or self.min_tokens <= limit, "min_tokens", f"at most max_tokens ({limit})")
+        need(
+            limit is None or self.min_tokens <= limit, "min_tokens", f"at most max_tokens ({limit})"
+        )
         need(finite(self.temperature) and 0 <= self.temperature <= 2, "temperature", "in [0, 2]")
         need(0 <= self.top_k <= 2**31 - 1, "top_k", "0 (off) or a positive integer")
         need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
@@ -55,10 +57,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
         need(-(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
         bias = self.logit_bias
-        need(all(0 <= t < vocab_size for t in bias), "logit_bias", f"keyed by ids in 0..{vocab_size - 1}")
+        need(
+            all(0 <= t < vocab_size for t in bias),
+            "logit_bias",
+            f"keyed by ids in 0..{vocab_size - 1}",
+        )
         need(all(-100 <= v <= 100 for v in bias.values()), "logit_bias", "valued in [-100, 100]")
         stops = self.stop_token_ids
-        need(all(0 <= t < vocab_size for t in stops), "stop_token_ids", f"ids in 0..{vocab_size - 1}")
+        need(
+            all(0 <= t < vocab_size for t in stops), "stop_token_ids", f"ids in 0..{vocab_size - 1}"
+        )
         for field in ("logprobs", "prompt_logprobs"):
             n = getattr(self, field)
             need(n is None or 0 <= n <= max_logprobs, field, f"in 0..{max_logprobs}")

@@ -1,4 +1,4 @@
-"""What a torch model gives the runtime, and what it is given. No device, no vendor, no cache here."""
+"""What a torch model gives the runtime, and what it is given. No device, no cache here."""
 
 from __future__ import annotations
 

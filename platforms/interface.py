@@ -1,6 +1,7 @@
-"""The contract between the shared engine and one kind of hardware: facts, platform, device, executor.
+"""The contract between the shared engine and one kind of hardware.
 
-Only protocols and frozen dataclasses live in the `interface*` modules (numpy and typing, no framework).
+Facts, platform, device and executor are here. Only protocols and frozen dataclasses live in the
+`interface*` modules (numpy and typing, no framework).
 `interface_step` holds what crosses at every step, `interface_kernels` the kernel registry,
 `interface_attention` attention backends, `interface_kv` cache groups and layouts.
 """
@@ -17,7 +18,7 @@ from .interface_step import StepBatch, StepResult
 
 
 class Status(Enum):
-    """What is known about a feature. `UNVERIFIED`: should work, has not been seen on this hardware."""
+    """What is known about a feature. `UNVERIFIED`: should work, not yet seen on this hardware."""
 
     YES = "supported"
     NO = "unsupported"
@@ -34,7 +35,7 @@ class Support:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One choice that was made: what, the value, why, and every candidate refused with its reason."""
+    """One choice: what, the value, why, and every candidate refused with its reason."""
 
     what: str
     chosen: str
@@ -111,7 +112,7 @@ class Probe:
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """What an executor is built from. A value that is None was left to the platform, which records
-    a `Decision`; a value that is set was set by the user and is honoured or refused, never changed."""
+    a `Decision`; a value that is set was set by the user and is honoured or refused."""
 
     model_path: str  # local directory or .gguf file
     device_index: int = 0
@@ -149,10 +150,10 @@ class ExecutorInfo:
 
 
 class Executor(Protocol):
-    """Runs steps on one device. `load`, `submit`, `collect` and `close` are called from one thread."""
+    """Runs steps on one device. All methods are called from one thread."""
 
     def load(self, progress: LoadProgress | None = None) -> ExecutorInfo:
-        """Load weights and reserve the cache. Raises CheckpointError or MemoryError_ with numbers."""
+        """Load weights and reserve the cache. Raises CheckpointError or OutOfMemory."""
         ...
 
     def submit(self, batch: StepBatch) -> None:

@@ -45,7 +45,9 @@ class AttentionBackend(Protocol):
 
     def bind(self, plan: Any) -> Any: ...
 
-    def run(self, bound: Any, pool: Any, layer: int, q: Any, k: Any, v: Any, spec: AttentionSpec) -> Any:
-        """q (T, heads, dim), k and v (T, kv_heads, dim), rope already applied. Writes k and v to the
-        pool, then attends; returns (T, heads, dim). `layer` counts within the group."""
+    def run(
+        self, bound: Any, pool: Any, layer: int, q: Any, k: Any, v: Any, spec: AttentionSpec
+    ) -> Any:
+        """q (T, heads, dim), k and v (T, kv_heads, dim), rope applied. Writes k and v to the pool,
+        then attends; returns (T, heads, dim). `layer` counts within the group."""
         ...

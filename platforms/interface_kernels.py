@@ -69,7 +69,9 @@ class KernelTable:
         try:
             kernel = self.kernels[op]
         except KeyError:
-            raise AttributeError(f"no kernel bound for op {op!r}; bound: {sorted(self.kernels)}") from None
+            raise AttributeError(
+                f"no kernel bound for op {op!r}; bound: {sorted(self.kernels)}"
+            ) from None
         # Bind on the instance so that the next access is a plain attribute.
         object.__setattr__(self, op, kernel.fn)
         return kernel.fn

@@ -57,7 +57,7 @@ class KVLayout:
 
 
 class KVPool(Protocol):
-    """The storage of one group, all layers. Pages are moved between unlike platforms in one canonical
+    """The storage of one group, all layers. Pages move between unlike platforms in one canonical
     form, version 1: little-endian, C order, axes (layer, 2, token, head, dim), the pool's dtype."""
 
     @property

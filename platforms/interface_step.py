@@ -78,12 +78,12 @@ class StepBatch:
     token_ids: I32  # (T,) LAST_TOKEN = what this row sampled last
     query_start: I32  # (R+1,)
     context_lens: I32  # (R,) tokens already in the cache before this step
-    page_tables: Mapping[str, I32]  # group -> (R, P), padded with 0; window groups have 0 = released
+    page_tables: Mapping[str, I32]  # group -> (R, P); 0 = padding, or released by a window group
     want: U8  # (R,) Want flags
     sampling: SamplingArrays
     state_slots: Mapping[str, I32] = field(default_factory=dict)  # recurrent groups: (R,)
     moves: tuple[PageCopy, ...] = ()
-    grammar_mask: U32 | None = None  # (R, ceil(V/32)), bit set = allowed; rows without grammar all ones
+    grammar_mask: U32 | None = None  # (R, ceil(V/32)), bit set = allowed
     prompt_targets: I32 | None = None  # (T,) the next prompt token of each position, -1 = none
 
     @property
@@ -103,7 +103,7 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Rows are those of the StepBatch of the same `step`, in order; rows that did not sample hold -1."""
+    """Rows are those of the StepBatch of the same `step`; rows that did not sample hold -1."""
 
     step: int
     token_ids: I32  # (R, k) sampled tokens; k = 1 without speculation
