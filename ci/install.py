@@ -2,8 +2,8 @@
 
     python ci/install.py [demo] [test] [dev]
 
-First the core (no tensor framework), then a look at the machine with the platforms' own probes, then
-the extra of the platform that could serve here. `--platform NAME` skips the look.
+First the core (no tensor framework), then a look at the machine with the platforms' own probes,
+then the extra of the platform that could serve here. `--platform NAME` skips the look.
 """
 
 from __future__ import annotations

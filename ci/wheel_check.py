@@ -89,8 +89,9 @@ def main() -> None:
     python = fresh_environment(work / "wheel-venv")
     wheel = next((work / "dist").glob("sixfold-*.whl"))
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=work)
-    where = subprocess.run([str(python), "-c", "import sixfold; print(sixfold.__file__)"],
-                           cwd=work, capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+    ask = [str(python), "-c", "import sixfold; print(sixfold.__file__)"]
+    found = subprocess.run(ask, cwd=work, capture_output=True, text=True, check=True)
+    where = found.stdout.strip()
     if not where.startswith(str(work)):
         sys.exit(f"wheel check: sixfold was imported from {where}, not from the wheel")
     answer = serve_once(python.parent / "sixfold", work)

@@ -1,7 +1,7 @@
 """Sixfold against its peers: same model, same dtype, same run, rounds interleaved, texts compared.
 
     python ci/bench/demo_model.py /tmp/demo
-    python ci/bench/peers.py --models /tmp/demo --llama-server /path/to/llama-server --out bench.json
+    python ci/bench/peers.py --models /tmp/demo --llama-server PATH --out bench.json
 
 A peer whose program is not there is left out and named. Needs two free gigabytes per peer.
 """
@@ -40,18 +40,18 @@ class Peer:
 def peers(asked: argparse.Namespace) -> list[Peer]:
     threads = str(os.cpu_count())
     gguf, hf = str(asked.models / "demo-f32.gguf"), str(asked.models / "hf")
-    bin_dir = Path(sys.executable).parent
+    here = Path(sys.executable).parent
+    fp32 = ("--dtype", "float32")
+    ours = (str(here / "sixfold"), "serve", gguf, *fp32, "--served-model-name", "demo")
+    theirs = (str(here / "transformers"), "serve", hf, "--device", "cpu", *fp32)
+    llama = (str(asked.llama_server or "llama-server"), "-m", gguf, "--jinja", "-t", threads)
+    cache = ("-np", "32", "-c", "65536", "--cache-type-k", "f32", "--cache-type-v", "f32")
     known = [
-        Peer("sixfold", (str(bin_dir / "sixfold"), "serve", gguf, "--port", "8101", "--dtype", "float32",
-                         "--served-model-name", "demo"), 8101, "demo"),
-        Peer("transformers", (str(bin_dir / "transformers"), "serve", "--port", "8102", "--device", "cpu",
-                              "--dtype", "float32", "--continuous-batching"), 8102, hf),
-        Peer("transformers-sequential", (str(bin_dir / "transformers"), "serve", "--port", "8103",
-                                         "--device", "cpu", "--dtype", "float32"), 8103, hf),
-        Peer("llama.cpp", (str(asked.llama_server or "llama-server"), "-m", gguf, "--port", "8104",
-                           "-t", threads, "-tb", threads, "-np", "32", "-c", "65536",
-                           "--cache-type-k", "f32", "--cache-type-v", "f32", "--jinja"), 8104, "demo"),
-    ]  # fmt: skip
+        Peer("sixfold", ours, 8101, "demo"),
+        Peer("transformers", theirs, 8102, hf),
+        Peer("transformers-cb", (*theirs, "--continuous-batching"), 8103, hf),
+        Peer("llama.cpp", (*llama, "-tb", threads, *cache), 8104, "demo"),
+    ]
     chosen = [p for p in known if not asked.peers or p.name in asked.peers.split(",")]
     for peer in chosen:
         if shutil.which(peer.command[0]) is None:
@@ -93,8 +93,12 @@ def measure(chosen: list[Peer], rounds: int, workloads: str) -> dict[str, dict[s
             for peer in order:
                 outcome = asyncio.run(run(peer.base, peer.model, workload, seed=number))
                 results[peer.name][workload].append(outcome)
-                print(f"round {number} {workload} {peer.name:24s} {outcome.tokens_per_s:7.1f} tok/s  "
-                      f"ttft {outcome.ttft_s:6.2f} s  cached {outcome.cached_tokens}", flush=True)  # fmt: skip
+                rate, ttft = f"{outcome.tokens_per_s:7.1f} tok/s", f"ttft {outcome.ttft_s:6.2f} s"
+                cached = f"cached {outcome.cached_tokens}"
+                print(
+                    f"round {number} {workload} {peer.name:16s} {rate}  {ttft}  {cached}",
+                    flush=True,
+                )
     return results
 
 
@@ -134,7 +138,11 @@ def main() -> None:
     try:
         for peer in chosen:
             log = asked.out.with_suffix(f".{peer.name}.log").open("wb")
-            processes.append(subprocess.Popen(peer.command, stdout=log, stderr=subprocess.STDOUT))
+            processes.append(
+                subprocess.Popen(
+                    [*peer.command, "--port", str(peer.port)], stdout=log, stderr=subprocess.STDOUT
+                )
+            )
             wait_ready(peer, processes[-1])
             print("ready:", peer.name, flush=True)
         results = measure(chosen, asked.rounds, asked.workloads)

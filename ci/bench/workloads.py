@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import httpx
 
-WORDS = (
-    "river stone winter market garden bridge letter window morning captain silver forest engine "
-    "harbor village thunder candle orchard ribbon valley compass lantern meadow pepper saddle "
-    "copper hammer island jacket kettle ladder mirror needle ocean parcel quarry rocket sailor"
-).split()
+WORDS = """
+river stone winter market garden bridge letter window morning captain silver forest engine
+harbor village thunder candle orchard ribbon valley compass lantern meadow pepper saddle
+copper hammer island jacket kettle ladder mirror needle ocean parcel quarry rocket sailor
+""".split()
 
 
 @dataclass(frozen=True, slots=True)
