@@ -1,0 +1,69 @@
+"""A small numpy sampler, written from the order of application in `SamplingArrays` alone: what the
+toy platform samples with, and a second opinion on `common/ops/sample.py`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sixfold.platforms.interface_step import PromptLogprobs, StepBatch
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(..., V) -> natural logarithms of probabilities."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def best(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest, best first, lowest id first among equals."""
+    return np.argsort(-values, axis=-1, kind="stable")[..., :count]
+
+
+def sample(raw: np.ndarray, batch: StepBatch, r: int, new_tokens: np.ndarray) -> int:
+    """One token of row r from its raw logits (V,). `new_tokens`: those of the step, resolved."""
+    p, start, end = batch.sampling, batch.query_start[r], batch.query_start[r + 1]
+    logits = raw.astype(np.float64)
+    span = slice(p.bias_start[r], p.bias_start[r + 1])
+    np.add.at(logits, p.bias_ids[span], p.bias_values[span])
+    prompt = p.prompt_ids[p.prompt_start[r] : p.prompt_start[r + 1]]
+    pending = new_tokens[batch.token_ids[start:end] < 0]  # a LAST_TOKEN belongs to the output
+    output = np.append(p.output_ids[p.output_start[r] : p.output_start[r + 1]], pending)
+    penalised = (p.repetition_penalty[r], p.presence_penalty[r], p.frequency_penalty[r])
+    if penalised != (1, 0, 0):
+        counts = np.bincount(output.astype(np.int64), minlength=len(logits))
+        seen = counts > 0
+        seen[prompt] = True
+        factor = np.where(logits > 0, 1 / p.repetition_penalty[r], p.repetition_penalty[r])
+        logits = np.where(seen, logits * factor, logits)
+        logits -= p.presence_penalty[r] * (counts > 0) + p.frequency_penalty[r] * counts
+    if batch.grammar_mask is not None:
+        words = np.ascontiguousarray(batch.grammar_mask[r]).view(np.uint8)
+        allowed = np.unpackbits(words, bitorder="little")[: len(logits)]
+        logits[allowed == 0] = -np.inf
+    if p.temperature[r] == 0:
+        return int(logits.argmax())
+    return draw(logits / p.temperature[r], p.top_k[r], p.top_p[r], p.min_p[r], p.uniform[r])
+
+
+def draw(logits: np.ndarray, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
+    """Narrow to the top k, then the top p, then by min p; draw in vocabulary order."""
+    order = best(logits, top_k or len(logits))
+    probabilities = np.exp(log_softmax(logits[order]))
+    keep = np.cumsum(probabilities) - probabilities < top_p
+    keep &= probabilities >= min_p * probabilities[0]
+    kept = np.zeros(len(logits))
+    kept[order[keep]] = probabilities[keep]
+    total = np.cumsum(kept)
+    return int(np.searchsorted(total, uniform * total[-1], side="right"))
+
+
+def prompt_logprobs(batch: StepBatch, r: int, raw: np.ndarray) -> PromptLogprobs:
+    """Of row r, whose raw logits at each of its positions are `raw` (n, V)."""
+    if batch.prompt_targets is None:
+        raise ValueError("PROMPT_LOGPROBS is wanted but prompt_targets is None")
+    targets = batch.prompt_targets[batch.query_start[r] : batch.query_start[r + 1]]
+    logs = log_softmax(raw[targets >= 0]).astype(np.float32)
+    targets = targets[targets >= 0]
+    top = best(logs, max(int(batch.sampling.logprobs[r]), 0)).astype(np.int32)
+    values = np.take_along_axis(logs, top, -1)
+    return PromptLogprobs(r, logs[np.arange(len(targets)), targets], top, values)
