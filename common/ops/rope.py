@@ -1,0 +1,85 @@
+"""Rotary position embedding (Su et al. 2021, section 3.4) on half-split pairs, alone and after a
+per-head norm of q and k."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from ...platforms.interface_kernels import Case, Op, Tolerance
+from .contract import F32, POINTWISE, around_one, normal
+from .norm import rms_norm
+
+TOLERANCE = {**POINTWISE, "float32": Tolerance(1e-5, 1e-5), "bfloat16": Tolerance(4e-2, 2e-2)}
+
+
+def _rotate(x: F32, cos: F32, sin: F32) -> F32:
+    half = cos.shape[-1]
+    first, second = x[..., :half].astype(np.float64), x[..., half : 2 * half].astype(np.float64)
+    c, s = cos[:, None, :], sin[:, None, :]
+    turned = np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
+    return np.concatenate([turned.astype(np.float32), x[..., 2 * half :]], axis=-1)
+
+
+def rope(q: F32, k: F32, cos: F32, sin: F32) -> tuple[F32, F32]:
+    """q (T, Hq, D), k (T, Hk, D), cos and sin (T, R/2) float32 -> q and k turned.
+
+    Dimensions i and i + R/2 form a pair for i < R/2; dimensions from R on pass unchanged (R <= D).
+    """
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def qk_norm_rope(
+    q: F32, k: F32, q_weight: F32, k_weight: F32, eps: float, cos: F32, sin: F32
+) -> tuple[F32, F32]:
+    """RMS norm of every head of q and k (weights (D,)), then `rope`."""
+    return rope(rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), cos, sin)
+
+
+def _angles(rng: np.random.Generator, tokens: int, rotary: int) -> tuple[F32, F32]:
+    positions = rng.integers(0, 5000, tokens)
+    rates = 10000.0 ** (-np.arange(rotary // 2) / (rotary // 2))
+    angles = positions[:, None] * rates
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+SHAPES = [
+    ("one_row_64", 1, 9, 3, 64, 64),
+    ("dim_16", 5, 4, 2, 16, 16),
+    ("dim_80", 3, 2, 2, 80, 80),
+    ("dim_128_mqa", 4, 6, 1, 128, 128),
+    ("dim_256", 2, 4, 1, 256, 256),
+    ("partial", 3, 4, 2, 64, 16),
+    ("no_tokens", 0, 4, 2, 32, 32),
+]
+
+
+def rope_cases(rng: np.random.Generator) -> Iterable[Case]:
+    for name, tokens, heads, kv_heads, dim, rotary in SHAPES:
+        cos, sin = _angles(rng, tokens, rotary)
+        q, k = normal(rng, tokens, heads, dim), normal(rng, tokens, kv_heads, dim)
+        yield Case(name, {"q": q, "k": k, "cos": cos, "sin": sin})
+
+
+def qk_norm_rope_cases(rng: np.random.Generator) -> Iterable[Case]:
+    for name, tokens, heads, kv_heads, dim, rotary in SHAPES:
+        cos, sin = _angles(rng, tokens, rotary)
+        yield Case(
+            name,
+            {
+                "q": normal(rng, tokens, heads, dim, scale=3.0),
+                "k": normal(rng, tokens, kv_heads, dim, scale=0.2),
+                "q_weight": around_one(rng, dim),
+                "k_weight": around_one(rng, dim),
+                "eps": 1e-6,
+                "cos": cos,
+                "sin": sin,
+            },
+        )
+
+
+OPS = (
+    Op("rope", rope, rope_cases, TOLERANCE),
+    Op("qk_norm_rope", qk_norm_rope, qk_norm_rope_cases, TOLERANCE, parts=("rms_norm", "rope")),
+)

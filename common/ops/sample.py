@@ -1,0 +1,105 @@
+"""Choosing one token per row from logits, all sampling parameters included.
+
+Order of application, fixed for every platform:
+1. a NaN logit counts as -inf (the token is banned); values above 1e30 count as 1e30;
+2. logit bias is added (-inf bans);
+3. repetition penalty r over prompt and output tokens: positive logits are divided by r, others
+   multiplied (Keskar et al. 2019, section 4.1, made sign-aware);
+4. presence and frequency penalty over output tokens: logit - presence - frequency * count;
+5. grammar mask: a clear bit bans;
+6. temperature 0: the largest logit, lowest id among equals, and nothing of what follows;
+   otherwise logits are divided by the temperature;
+7. top-k keeps the k largest; 8. top-p keeps, of those and renormalised, the shortest prefix in
+   descending order whose mass reaches p (Holtzman et al. 2020); ties in both go to the lowest id;
+9. min-p keeps tokens with at least min_p times the probability of the most likely one;
+10. the draw: in vocabulary order, the first token whose cumulative mass exceeds
+    uniform * total mass. The filters scale nothing, so `uniform` meets the same order everywhere.
+
+A row whose every token is banned has no answer: it gets -1, and the step's result says so by
+`accepted` 0 for a row that wanted a sample; the engine fails that request and no other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...platforms.interface_kernels import Op
+from ...platforms.interface_step import SamplingArrays
+from .contract import EXACT, F32, I64
+from .sample_cases import cases
+
+LARGEST = np.float32(1e30)
+F64 = NDArray[np.float64]
+
+
+def sample(
+    logits: F32,
+    sampling: SamplingArrays,
+    grammar_mask: NDArray[np.uint32] | None = None,
+    pending: I64 | None = None,
+) -> I64:
+    """logits (R, V) float32, sampling of the same R rows, grammar_mask (R, ceil(V/32)) or None,
+    pending (R,) a token that counts as output though it is not in `output_ids`, -1 = none
+    -> token ids (R,), -1 for a row without any allowed token."""
+    result = np.full(len(logits), -1, np.int64)
+    for row in range(len(logits)):
+        adjusted = _adjust(logits[row], sampling, row, -1 if pending is None else int(pending[row]))
+        if grammar_mask is not None:
+            adjusted[~unpack_mask(grammar_mask[row], len(adjusted))] = -np.inf
+        if np.isneginf(adjusted).all():
+            continue
+        result[row] = _choose(adjusted, sampling, row)
+    return result
+
+
+def unpack_mask(words: NDArray[np.uint32], vocab: int) -> NDArray[np.bool_]:
+    """Token t is allowed when bit t % 32 of word t // 32 is set."""
+    ids = np.arange(vocab)
+    return ((words[ids // 32] >> (ids % 32).astype(np.uint32)) & 1).astype(bool)
+
+
+def _adjust(logits: F32, s: SamplingArrays, row: int, pending: int) -> F32:
+    x = np.minimum(np.where(np.isnan(logits), -np.inf, logits), LARGEST).astype(np.float32)
+    bias = slice(s.bias_start[row], s.bias_start[row + 1])
+    x[s.bias_ids[bias]] += s.bias_values[bias]
+    prompt = s.prompt_ids[s.prompt_start[row] : s.prompt_start[row + 1]]
+    output = s.output_ids[s.output_start[row] : s.output_start[row + 1]]
+    if pending >= 0:
+        output = np.append(output, pending)
+    seen = np.unique(np.concatenate([prompt, output]).astype(np.int64))
+    r = s.repetition_penalty[row]
+    x[seen] = np.where(x[seen] > 0, x[seen] / r, x[seen] * r)
+    made, counts = np.unique(output.astype(np.int64), return_counts=True)
+    x[made] -= s.presence_penalty[row] + s.frequency_penalty[row] * counts.astype(np.float32)
+    return x
+
+
+def _choose(x: F32, s: SamplingArrays, row: int) -> int:
+    if s.temperature[row] == 0:
+        return int(np.argmax(x))
+    scaled = (x.astype(np.float64) - x.max()) / s.temperature[row]
+    weights = np.where(_kept(scaled, s, row), np.exp(scaled), 0.0)
+    cumulative = np.cumsum(weights)
+    target = s.uniform[row] * cumulative[-1]
+    # Rounding may carry the target up to the total: the last kept token then.
+    above = cumulative > min(target, np.nextafter(cumulative[-1], 0.0))
+    return int(np.argmax(above))
+
+
+def _kept(scaled: F64, s: SamplingArrays, row: int) -> NDArray[np.bool_]:
+    order = np.argsort(-scaled, kind="stable")  # descending, lowest id first among equals
+    count = len(order) if s.top_k[row] <= 0 else min(int(s.top_k[row]), len(order))
+    order = order[:count]
+    if s.top_p[row] < 1:
+        mass = np.exp(scaled[order])
+        before = np.cumsum(mass) - mass
+        order = order[: max(1, int((before < s.top_p[row] * mass.sum()).sum()))]
+    kept = np.zeros(len(scaled), bool)
+    kept[order] = True
+    if s.min_p[row] > 0:
+        kept &= scaled >= np.log(s.min_p[row])
+    return kept
+
+
+OPS = (Op("sample", sample, cases, EXACT),)
