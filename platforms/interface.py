@@ -74,6 +74,7 @@ class Machine:
     torch_build: str = ""  # "cpu", "cuda 12.8", "hip 6.4", "xpu 2025.1", "" when torch is absent
     accelerators: tuple[Accelerator, ...] = ()
     device_nodes: tuple[str, ...] = ()  # existing nodes such as /dev/nvidia0, /dev/kfd
+    denied_nodes: tuple[str, ...] = ()  # of these, the ones that this user may not open
     tools: Mapping[str, str] = field(default_factory=dict)  # vendor tool or library -> version/path
 
 
