@@ -31,6 +31,10 @@ class EngineDied(SixfoldError):
     """The engine process is gone."""
 
 
+class CacheCorrupted(SixfoldError):
+    """The accounting of cache pages contradicts itself: a bug, and the engine must stop."""
+
+
 class RequestError(SixfoldError):
     """A request that cannot be served. Maps to an OpenAI error object.
 
