@@ -40,7 +40,10 @@ def write_hf_directory(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).save_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain float32 now
+    del model.config.quantization_config
+    model.save_pretrained(target)
     AutoTokenizer.from_pretrained(**where).save_pretrained(target)
 
 
