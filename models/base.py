@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,14 @@ class Attend(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, heads, dim), k and v (T, kv_heads, dim), rope applied -> (T, heads, dim)."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a checkpoint's tensor goes: a parameter, or the part of it that `index` selects."""
+
+    parameter: str
+    index: tuple[int | slice, ...] = ()
 
 
 class Model(nn.Module):
@@ -38,6 +47,11 @@ class Model(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, hidden) -> (N, vocab) float32. Called only for positions whose logits are wanted."""
         raise NotImplementedError
+
+    def placement(self, name: str) -> Placement | None:
+        """The place of the checkpoint tensor `name` (canonical: "model.layers.0…", "lm_head…").
+        None when it is known and not needed. Modules are named as checkpoints name them."""
+        return Placement(name)
 
 
 def parameter_bytes(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..errors import RequestError
+from ..errors import CheckpointError, RequestError
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -40,6 +40,17 @@ class ChatTemplate:
     @property
     def default(self) -> str | None:
         return self.templates.get("default")
+
+    def replace(self, source: str) -> None:
+        """Use `source` for every conversation from now on. Raises CheckpointError."""
+        try:
+            compiled = _environment().from_string(source).render
+        except TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"The chat template cannot be compiled: {error.message} (line {error.lineno})."
+            ) from None
+        self.templates = {"default": source}
+        self._compiled = {"default": compiled}
 
     def render(self, messages: Messages, add_generation_prompt: bool, **variables: Any) -> str:
         """The prompt text. Raises RequestError when there is no template or it refuses."""

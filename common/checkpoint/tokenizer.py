@@ -84,6 +84,10 @@ class Tokenizer:
         """The template's source, or None when the model has none."""
         return self._template.default
 
+    def use_chat_template(self, source: str) -> None:
+        """Replace the model's own template by the user's. Raises CheckpointError."""
+        self._template.replace(source)
+
     def apply_chat_template(
         self, messages: Messages, add_generation_prompt: bool = True, **variables: Any
     ) -> str:

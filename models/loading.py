@@ -1,0 +1,208 @@
+"""From a checkpoint to a model with weights: choose the family, build on meta, fill parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..common.checkpoint.checkpoint import Checkpoint
+from ..common.errors import CheckpointError
+from ..platforms.interface import LoadProgress
+from ..platforms.interface_kernels import KernelTable, Problem
+from .base import Model, Placement, parameter_bytes
+from .gemma3 import Gemma3Model
+from .gguf_weights import GGUFWeights
+from .layers import Build, Layer, Norm
+from .llama import LlamaModel
+from .qwen2 import Qwen2Model
+from .qwen3 import Qwen3Model
+from .qwen3_moe import Qwen3MoeModel
+from .safetensors_weights import SafetensorsWeights
+
+FAMILIES: dict[str, Callable[..., Model]] = {
+    "llama": LlamaModel,
+    "mistral": LlamaModel,
+    "qwen2": Qwen2Model,
+    "qwen3": Qwen3Model,
+    "qwen3_moe": Qwen3MoeModel,
+    "gemma3_text": Gemma3Model,
+}
+"""Model type -> class, called with (fields, build)."""
+
+_TEXT_PREFIX = re.compile(r"(?:language_model\.model|model\.language_model|model)\.")
+_HEAD_PREFIX = "language_model.lm_head."
+# Parts of multimodal checkpoints that a text model has no use for.
+_OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|visual)\.")
+
+
+class WeightSource(Protocol):
+    """Tensors by name. `norm_offset` is what stored norm weights already include of a 1 + w."""
+
+    norm_offset: float
+
+    def names(self) -> Sequence[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def where(self, name: str) -> str: ...
+
+    def mapped(self, name: str, dtype: torch.dtype) -> Tensor | None: ...
+
+    def copy_into(self, name: str, target: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One checkpoint tensor and the part of a parameter that it fills."""
+
+    tensor: str
+    placement: Placement
+
+
+def build_model(checkpoint: Checkpoint, ops: KernelTable, dtype: torch.dtype) -> Model:
+    """The model without weights (on meta). Raises CheckpointError for what is not supported."""
+    family = FAMILIES.get(checkpoint.architecture)
+    if family is None:
+        raise CheckpointError(
+            f"{checkpoint.config_file}: architecture {checkpoint.architecture!r} is not supported; "
+            f"supported: {' '.join(FAMILIES)}."
+        )
+    with torch.device("meta"):
+        return family(checkpoint.fields, Build(ops, dtype)).eval()
+
+
+def kernel_problems(checkpoint: Checkpoint, dtype_name: str) -> list[Problem]:
+    """The ops that the model calls, with their static sizes; attention is not among them."""
+    model = build_model(checkpoint, KernelTable({}, ()), getattr(torch, dtype_name))
+    found: dict[tuple[object, ...], Problem] = {}
+    for module in model.modules():
+        if isinstance(module, Layer):
+            for problem in module.problems():
+                found[(problem.op, *sorted(problem.dims.items()))] = problem
+    return list(found.values())
+
+
+def load_weights(
+    model: Model,
+    checkpoint: Checkpoint,
+    to_device: Callable[[Tensor], Tensor],
+    progress: LoadProgress | None = None,
+) -> None:
+    """Give every parameter and buffer its value, one after the other.
+
+    `to_device` gets a CPU tensor of the final dtype, which may lie on mapped pages of the file, and
+    returns the tensor to keep. Raises CheckpointError naming the file and the tensor.
+    """
+    source: WeightSource
+    if checkpoint.format == "gguf":
+        source = GGUFWeights(checkpoint.path)
+    else:
+        source = SafetensorsWeights(checkpoint.path)
+    pieces = _assign(model, source, checkpoint)
+    total, done = parameter_bytes(model), 0
+    for owner, leaf, name in _parameters(model):
+        meta = getattr(owner, leaf)
+        value = to_device(_value(owner, meta, pieces[name], source))
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+        done += meta.numel() * meta.element_size()
+        if progress:
+            progress(done, total)
+    for module in model.modules():
+        for leaf, buffer in module.named_buffers(recurse=False):
+            setattr(module, leaf, to_device(buffer))
+
+
+def _value(owner: nn.Module, meta: Tensor, pieces: list[_Piece], source: WeightSource) -> Tensor:
+    offset = owner.offset - source.norm_offset if isinstance(owner, Norm) and owner.offset else 0.0
+    whole = not pieces[0].placement.index
+    if whole and not offset:
+        mapped = source.mapped(pieces[0].tensor, meta.dtype)
+        if mapped is not None:
+            return mapped
+    value = torch.empty(meta.shape, dtype=meta.dtype)
+    for piece in pieces:
+        source.copy_into(piece.tensor, value[piece.placement.index] if not whole else value)
+    return value + offset if offset else value
+
+
+def _assign(model: Model, source: WeightSource, checkpoint: Checkpoint) -> dict[str, list[_Piece]]:
+    """Parameter name -> the checkpoint tensors that fill it; every one checked."""
+    shapes = {name: getattr(owner, leaf) for owner, leaf, name in _parameters(model)}
+    tied = "lm_head.weight" not in shapes
+    pieces: dict[str, list[_Piece]] = {}
+    for tensor in source.names():
+        name = _canonical(tensor)
+        if name is None or (tied and name == "lm_head.weight"):
+            continue
+        placement = model.placement(name)
+        if placement is None:
+            continue
+        if placement.parameter not in shapes:
+            raise CheckpointError(
+                f"{source.where(tensor)} is not part of the architecture "
+                f"{checkpoint.architecture!r} as configured; the model would answer wrongly "
+                "without it."
+            )
+        _check_shape(source, tensor, shapes[placement.parameter], placement, checkpoint)
+        pieces.setdefault(placement.parameter, []).append(_Piece(tensor, placement))
+    _check_complete(shapes, pieces, source, checkpoint)
+    return pieces
+
+
+def _canonical(tensor: str) -> str | None:
+    """The name under "model." or "lm_head."; None for parts that a text model does not have."""
+    if _OTHER_PARTS.match(tensor) or tensor.endswith("rotary_emb.inv_freq"):
+        return None
+    if tensor.startswith(_HEAD_PREFIX):
+        return "lm_head." + tensor.removeprefix(_HEAD_PREFIX)
+    found = _TEXT_PREFIX.match(tensor)
+    return "model." + tensor[found.end() :] if found else tensor
+
+
+def _check_shape(
+    source: WeightSource,
+    tensor: str,
+    parameter: Tensor,
+    placement: Placement,
+    checkpoint: Checkpoint,
+) -> None:
+    try:
+        wanted = tuple(parameter[placement.index].shape if placement.index else parameter.shape)
+    except IndexError:
+        wanted = ()
+    if source.shape(tensor) != wanted:
+        raise CheckpointError(
+            f"{source.where(tensor)} has shape {source.shape(tensor)}; the configuration in "
+            f"{checkpoint.config_file.name} asks for {wanted or 'no such part'}."
+        )
+
+
+def _check_complete(
+    shapes: dict[str, Tensor],
+    pieces: dict[str, list[_Piece]],
+    source: WeightSource,
+    checkpoint: Checkpoint,
+) -> None:
+    missing = []
+    for name, parameter in shapes.items():
+        filled = sum(torch.Size(source.shape(p.tensor)).numel() for p in pieces.get(name, []))
+        if filled != parameter.numel():
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {missing[0]!r}{more} is missing or incomplete; the "
+            "checkpoint does not hold the whole model."
+        )
+
+
+def _parameters(model: Model) -> Iterator[tuple[nn.Module, str, str]]:
+    """(owner, attribute, full name) of every parameter."""
+    for prefix, module in model.named_modules():
+        for leaf, _ in module.named_parameters(recurse=False):
+            yield module, leaf, f"{prefix}.{leaf}" if prefix else leaf
