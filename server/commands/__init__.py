@@ -1,0 +1,1 @@
+"""The subcommands of `sixfold`, one file each, imported when they are called."""

@@ -1,0 +1,190 @@
+"""`sixfold serve`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...common.config import EngineConfig
+from ...common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ...common.messages import Loading
+    from ..run import ServeOptions
+    from ..service import Service
+
+
+def _kernels(pairs: tuple[str, ...]) -> dict[str, str]:
+    kernels = {}
+    for pair in pairs:
+        op, separator, provider = pair.partition("=")
+        if not (op and separator and provider):
+            raise ConfigError(f"--kernel wants op=provider, got {pair!r}.")
+        kernels[op] = provider
+    return kernels
+
+
+def _engine_options(command: Any) -> Any:
+    """The flags that are fields of EngineConfig."""
+    options = [
+        click.option("--platform", help="Hardware to run on; the best usable one if not given."),
+        click.option("--dtype", help="Weights and activations: float32, bfloat16 or float16."),
+        click.option("--device-index", type=int, default=0, help="Which device of the platform."),
+        click.option("--max-context", type=int, help="Longest prompt plus completion, in tokens."),
+        click.option("--page-size", type=int, help="Tokens in one page of the cache."),
+        click.option("--cache-tokens", type=int, help="Size of the cache, in tokens."),
+        click.option("--memory-fraction", type=float, help="Share of free memory to use, 0 to 1."),
+        click.option("--max-rows", type=int, default=64, help="Most sequences in one step."),
+        click.option("--max-step-tokens", type=int, default=2048, help="Most tokens in one step."),
+        click.option("--max-queue", type=int, default=1024, help="Most waiting sequences."),
+        click.option(
+            "--no-prefix-cache", is_flag=True, help="Compute every prompt from its beginning."
+        ),
+        click.option("--eviction", default="lru", help="Cache eviction: lru, lfu or priority."),
+        click.option("--no-overlap", is_flag=True, help="End each step before the next begins."),
+        click.option("--threads", type=int, help="Threads for compute on a processor."),
+        click.option(
+            "--kernel", "kernel", multiple=True, help="Name an op's kernel as op=provider."
+        ),
+        click.option("--strict", is_flag=True, help="Refuse to start with a generic fallback."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("model", default="")
+@_engine_options
+@click.option("--explain", is_flag=True, help="Load, print every decision, and exit.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=int, default=8000, show_default=True, help="Port; 0 takes a free one.")
+@click.option("--api-key", multiple=True, help="Accept only requests with this key (repeatable).")
+@click.option("--served-model-name", help="Name of the model in the API.")
+@click.option(
+    "--chat-template",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Jinja file to use instead of the model's own template.",
+)
+@click.option(
+    "--max-body-bytes", type=click.IntRange(1), default=2**25, help="Largest request body."
+)
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(0),
+    default=30.0,
+    help="Seconds that running requests get after SIGTERM.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["error", "warning", "info", "debug"]),
+    default="info",
+    help="How much to log.",
+)
+def serve(model: str, **flags: Any) -> None:
+    """Serve MODEL: a directory, a .gguf file or a hub id; the bundled demo model if not given."""
+    config = EngineConfig(
+        model=model,
+        kernels=_kernels(flags["kernel"]),
+        prefix_cache=not flags["no_prefix_cache"],
+        overlap=not flags["no_overlap"],
+        **{
+            name: flags[name]
+            for name in (
+                "platform dtype device_index max_context page_size cache_tokens memory_fraction "
+                "max_rows max_step_tokens max_queue eviction threads strict"
+            ).split()
+        },
+    )
+    if flags["explain"]:
+        _explain(config)
+        return
+    _serve(config, flags)
+
+
+def _explain(config: EngineConfig) -> None:
+    from ..explain import render
+    from ..launch import build, locate
+
+    launched = build(config, locate(config.model))
+    try:
+        click.echo(render(launched.decisions))
+    finally:
+        launched.engine.close()
+
+
+def _serve(config: EngineConfig, flags: dict[str, Any]) -> None:
+    import logging
+
+    from ..listener import bind
+    from ..run import ServeOptions, serve
+    from ..service import HttpOptions
+
+    level = flags["log_level"]
+    logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    # Uvicorn's own notes (started, shutting down) are about its insides.
+    logging.getLogger("uvicorn").setLevel("DEBUG" if level == "debug" else "WARNING")
+    template = flags["chat_template"]
+    options = ServeOptions(
+        engine=config,
+        http=HttpOptions(flags["api_key"], flags["max_body_bytes"]),
+        served_name=flags["served_model_name"],
+        chat_template=Path(template).read_text("utf-8") if template else None,
+        drain_seconds=flags["drain_timeout"],
+        log_level=level,
+    )
+    listener = bind(flags["host"], flags["port"])
+    with listener:
+        code = serve(options, listener, _Terminal(options))
+    sys.exit(code)
+
+
+class _Terminal:
+    """Reports to the person who typed the command."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self._options = options
+        self._stage = ""
+
+    def loading(self, message: Loading) -> None:
+        if sys.stderr.isatty():
+            share = 100 * message.done_bytes // message.total_bytes if message.total_bytes else 0
+            click.echo(f"\r\033[K{message.stage} {share} %", err=True, nl=False)
+        elif message.stage != self._stage:
+            click.echo(f"{message.stage} ...", err=True)
+        self._stage = message.stage
+
+    def ready(self, service: Service, address: str) -> None:
+        if sys.stderr.isatty():
+            click.echo("\r\033[K", err=True, nl=False)
+        ready = service.loaded.ready
+        click.echo(
+            f"Sixfold serves {service.model} on {ready.platform} at {address} "
+            f"(context {ready.max_context}). Open it in a browser to chat, or paste:\n\n"
+            f"{_curl(service.model, address, bool(self._options.http.api_keys))}\n"
+        )
+
+    def failed(self, sentence: str) -> None:
+        if self._stage and sys.stderr.isatty():
+            click.echo(err=True)
+        click.echo(f"Error: {sentence}", err=True)
+
+    def draining(self, sequences: int) -> None:
+        click.echo(f"Stopping: {sequences} running sequence(s) may finish.", err=True)
+
+
+def _curl(model: str, address: str, key: bool) -> str:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }
+    header = " -H 'Authorization: Bearer YOUR_KEY'" if key else ""
+    return (
+        f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{header} "
+        f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+    )

@@ -1,0 +1,1 @@
+"""The HTTP API, one small file per family of paths."""

@@ -1,0 +1,149 @@
+"""What every route shares: the phase the server is in, the model's tokenizer, the engine client."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from .. import __version__
+from ..common.checkpoint.tokenizer import Tokenizer
+from ..common.errors import ContextLengthExceeded
+from ..common.messages import ErrorBody, Loading, Ready
+from ..common.sampling import SamplingParams
+from .engine_client import EngineClient
+from .errors import ApiError, bad_request, engine_gone, unavailable
+from .metrics import Metrics
+
+LONG_TEXT = 16_384
+"""From this many characters on, tokenising runs in a thread so that streams go on meanwhile."""
+
+
+class Phase(Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpOptions:
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 32 * 2**20
+
+
+@dataclass(slots=True)
+class Loaded:
+    """All that exists once the model is loaded."""
+
+    client: EngineClient
+    ready: Ready
+    tokenizer: Tokenizer
+    created: int  # unix seconds
+
+
+@dataclass(slots=True)
+class Service:
+    """Shared by all routes; changed only by `run.py`."""
+
+    options: HttpOptions = field(default_factory=HttpOptions)
+    metrics: Metrics = field(default_factory=Metrics)
+    phase: Phase = Phase.LOADING
+    model: str = ""  # the name under which the model is served; "" until it is known
+    loading: Loading = field(default_factory=lambda: Loading(stage="starting"))
+    _loaded: Loaded | None = None
+
+    def open(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self.phase = Phase.READY
+
+    @property
+    def loaded(self) -> Loaded:
+        """Raises ApiError 503 unless requests can be served."""
+        if self.phase is Phase.DEAD:
+            raise engine_gone()
+        if self.phase is Phase.DRAINING:
+            raise unavailable("The server is shutting down.", "draining", 5)
+        if self._loaded is None:
+            raise unavailable(f"The model is loading: {self.progress}.", "loading", 2)
+        if self._loaded.client.ended.is_set():
+            raise engine_gone()
+        return self._loaded
+
+    @property
+    def fingerprint(self) -> str:
+        platform = self._loaded.ready.platform if self._loaded else "none"
+        return f"sixfold-{__version__}-{platform}"
+
+    @property
+    def progress(self) -> str:
+        now = self.loading
+        if not now.total_bytes:
+            return now.stage
+        share = 100 * now.done_bytes // now.total_bytes
+        return f"{now.stage} {share} % of {now.total_bytes / 1e6:.0f} MB"
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 for a model that is not the one served."""
+        if name is not None and name != self.model:
+            message = f"The model {name!r} does not exist here. Served: {self.model!r}."
+            body = ErrorBody(message, "invalid_request_error", "model", "model_not_found", 404)
+            raise ApiError(body)
+
+
+_FEATURES: dict[str, tuple[str, object]] = {
+    "logprobs": ("logprobs", None),
+    "prompt_logprobs": ("prompt_logprobs", None),
+    "logit_bias": ("logit_bias", {}),
+    "top_k": ("top_k", 0),
+    "top_p": ("top_p", 1.0),
+    "min_p": ("min_p", 0.0),
+    "repetition_penalty": ("penalties", 1.0),
+    "presence_penalty": ("penalties", 0.0),
+    "frequency_penalty": ("penalties", 0.0),
+}
+"""Sampling field -> (the platform's feature that serves it, the value that asks for nothing)."""
+
+
+def check_sampling(params: SamplingParams, ready: Ready) -> None:
+    """Ranges, then what the platform can do. Raises RequestError or ApiError naming the field."""
+    params.validate(ready.vocab_size, ready.max_logprobs)
+    for name, (feature, neutral) in _FEATURES.items():
+        status, reason = ready.features.get(feature, ["supported", ""])
+        if status == "unsupported" and getattr(params, name) != neutral:
+            raise bad_request(
+                f"{name} is not supported on the platform {ready.platform!r}: {reason}.",
+                name,
+                "unsupported_parameter",
+            )
+
+
+def check_length(prompt: Sequence[int], params: SamplingParams, ready: Ready, param: str) -> None:
+    """Nothing is ever cut: a prompt with its completion fits, or the request is refused."""
+    if not prompt:
+        raise bad_request(f"{param} has no tokens.", param, "invalid_value")
+    # A completion of unstated length needs room for at least one token.
+    if len(prompt) + (params.max_tokens or 1) > ready.max_context:
+        raise ContextLengthExceeded(ready.max_context, len(prompt), params.max_tokens, param)
+
+
+async def encode(tokenizer: Tokenizer, text: str, param: str, special: bool = True) -> list[int]:
+    """Token ids of `text`. Raises ApiError for text that is no Unicode (lone surrogates)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise bad_request(f"{param} is not valid Unicode text.", param, "invalid_value") from None
+    if len(text) < LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens=special)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)
+
+
+def random_seed() -> int:
+    return secrets.randbits(63)
+
+
+def nth_seed(seed: int, n: int) -> int:
+    """The seed of the n-th choice, kept within 64 bits."""
+    return (seed + n + 2**63) % 2**64 - 2**63
