@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..platforms.interface_attention import AttentionSpec
-from ..platforms.interface_kv import CacheNeed
+from ..platforms.interface_kv import CacheNeed, KVKind
 
 
 class Attend(Protocol):
@@ -33,8 +33,16 @@ class Model(nn.Module):
     """A decoder-only language model over a packed step of T tokens (rows concatenated)."""
 
     def cache_needs(self) -> Sequence[CacheNeed]:
-        """One per layer."""
-        raise NotImplementedError
+        """One per layer: here, what its attention reads."""
+        return [
+            CacheNeed(
+                KVKind.WINDOW if spec.window else KVKind.FULL,
+                spec.kv_heads,
+                spec.head_dim,
+                spec.window,
+            )
+            for spec in self.attention_specs()
+        ]
 
     def attention_specs(self) -> Sequence[AttentionSpec]:
         """One per layer; layers with equal cache needs have equal specs."""

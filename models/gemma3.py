@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..common.checkpoint.fields import Fields
 from ..platforms.interface_attention import AttentionSpec
-from ..platforms.interface_kv import CacheNeed
 from .base import Attend, Model
 from .layers import Build, Embedding, GatedMLP, HeadNorm, Linear, Norm
-from .llama import LlamaArgs, Rotary, cache_need, common_args
+from .llama import LlamaArgs, Rotary, common_args
 from .qwen3 import Qwen3Attention
 from .rope import Rope, rope_settings
 from .windows import FULL, SLIDING, layer_types, window_sizes
@@ -33,7 +32,7 @@ class Gemma3Args(LlamaArgs):
     logit_cap: float
 
     @classmethod
-    def read(cls, fields: Fields, **more: object) -> Self:
+    def read(cls, fields: Fields, **more: Any) -> Self:
         if fields.text("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
             raise fields.unsupported("hidden_activation", "gelu_pytorch_tanh")
         if fields.optional("use_bidirectional_attention"):
@@ -76,12 +75,14 @@ class Gemma3Attention(Qwen3Attention):
 class Gemma3Block(nn.Module):
     """The outer norms act on a branch before it joins the residual stream."""
 
-    def __init__(self, args: Gemma3Args, layer: int, build: Build) -> None:
+    def __init__(self, attention: Gemma3Attention, args: Gemma3Args, build: Build) -> None:
         super().__init__()
-        self.self_attn = Gemma3Attention(args, layer, build)
+        self.self_attn = attention
         self.mlp = GatedMLP(args.width, args.inner, build, "gelu_tanh_mul")
-        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            self.add_module(f"{name}_layernorm", Norm(args.width, args.eps, build, _ONE))
+        self.input_layernorm = Norm(args.width, args.eps, build, _ONE)
+        self.post_attention_layernorm = Norm(args.width, args.eps, build, _ONE)
+        self.pre_feedforward_layernorm = Norm(args.width, args.eps, build, _ONE)
+        self.post_feedforward_layernorm = Norm(args.width, args.eps, build, _ONE)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, rotary: Rotary, attend: Attend
@@ -93,10 +94,10 @@ class Gemma3Block(nn.Module):
 
 
 class Gemma3Trunk(nn.Module):
-    def __init__(self, args: Gemma3Args, build: Build) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], args: Gemma3Args, build: Build) -> None:
         super().__init__()
         self.embed_tokens = Embedding(args.vocabulary, args.width, build, args.tied)
-        self.layers = nn.ModuleList(Gemma3Block(args, i, build) for i in range(args.layers))
+        self.layers = nn.ModuleList(blocks)
         self.norm = Norm(args.width, args.eps, build, _ONE)
 
 
@@ -105,7 +106,10 @@ class Gemma3Model(Model):
         super().__init__()
         args = Gemma3Args.read(fields)
         self.args = args
-        self.model = Gemma3Trunk(args, build)
+        attentions = [Gemma3Attention(args, i, build) for i in range(args.layers)]
+        self._specs = [attention.spec for attention in attentions]
+        blocks = (Gemma3Block(attention, args, build) for attention in attentions)
+        self.model = Gemma3Trunk(blocks, args, build)
         self.lm_head = None if args.tied else Linear(args.width, args.vocabulary, build)
         self.ropes = nn.ModuleDict(
             {FULL: Rope(args.rope, args.head_dim), SLIDING: Rope(args.local_rope, args.head_dim)}
@@ -113,11 +117,8 @@ class Gemma3Model(Model):
         # The factor is rounded to the weights' dtype, as the model was trained.
         self.embedding_scale = torch.tensor(args.width**0.5, dtype=build.dtype, device="cpu").item()
 
-    def cache_needs(self) -> Sequence[CacheNeed]:
-        return [cache_need(spec) for spec in self.attention_specs()]
-
     def attention_specs(self) -> Sequence[AttentionSpec]:
-        return [block.self_attn.spec for block in self.model.layers]
+        return self._specs
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x, residual = self.model.embed_tokens(token_ids) * self.embedding_scale, None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from ..common.checkpoint.fields import Fields
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
-from ..platforms.interface_kv import CacheNeed, KVKind
 from .base import Attend, Model
 from .layers import Build, Embedding, GatedMLP, Layer, Linear, Norm
 from .rope import Rope, rope_settings
@@ -39,7 +38,7 @@ class LlamaArgs:
     mlp_bias: bool = False
 
     @classmethod
-    def read(cls, fields: Fields, **more: object) -> Self:
+    def read(cls, fields: Fields, **more: Any) -> Self:
         """From a configuration; `more` overrides or adds. Raises CheckpointError."""
         if fields.text("hidden_act", "silu") != "silu":
             raise fields.unsupported("hidden_act", "silu")
@@ -136,14 +135,11 @@ class LlamaModel(Model):
         super().__init__()
         args = self.args_class.read(fields)
         self.args = args
+        attentions = [self.attention_class(args, i, build) for i in range(args.layers)]
+        self._specs = [attention.spec for attention in attentions]
         blocks = (
-            LlamaBlock(
-                self.attention_class(args, layer, build),
-                self.make_mlp(args, layer, build),
-                args,
-                build,
-            )
-            for layer in range(args.layers)
+            LlamaBlock(attention, self.make_mlp(args, layer, build), args, build)
+            for layer, attention in enumerate(attentions)
         )
         self.model = LlamaTrunk(blocks, args, build)
         self.lm_head = None if args.tied else Linear(args.width, args.vocabulary, build)
@@ -152,11 +148,8 @@ class LlamaModel(Model):
     def make_mlp(self, args: LlamaArgs, layer: int, build: Build) -> nn.Module:
         return GatedMLP(args.width, args.inner, build, bias=args.mlp_bias)
 
-    def cache_needs(self) -> Sequence[CacheNeed]:
-        return [cache_need(spec) for spec in self.attention_specs()]
-
     def attention_specs(self) -> Sequence[AttentionSpec]:
-        return [block.self_attn.spec for block in self.model.layers]
+        return self._specs
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x, residual = self.model.embed_tokens(token_ids), None
@@ -170,7 +163,7 @@ class LlamaModel(Model):
         return head(hidden).float()
 
 
-def common_args(fields: Fields) -> dict[str, object]:
+def common_args(fields: Fields) -> dict[str, Any]:
     """The sizes that every family here shares."""
     width, heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
     kv_heads = fields.positive("num_key_value_heads", heads)
@@ -187,11 +180,6 @@ def common_args(fields: Fields) -> dict[str, object]:
         "eps": fields.number("rms_norm_eps"),
         "tied": fields.flag("tie_word_embeddings", False),
     }
-
-
-def cache_need(spec: AttentionSpec) -> CacheNeed:
-    kind = KVKind.WINDOW if spec.window else KVKind.FULL
-    return CacheNeed(kind, spec.kv_heads, spec.head_dim, spec.window)
 
 
 def _windows(fields: Fields) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from ..common.checkpoint.fields import Fields
 from .llama import LlamaArgs, LlamaModel
@@ -11,9 +11,9 @@ from .windows import qwen_windows
 
 class Qwen2Args(LlamaArgs):
     @classmethod
-    def read(cls, fields: Fields, **more: object) -> Self:
+    def read(cls, fields: Fields, **more: Any) -> Self:
         windows = qwen_windows(fields, fields.positive("num_hidden_layers"))
-        fixed = {"qkv_bias": True, "output_bias": False, "mlp_bias": False}
+        fixed: dict[str, Any] = {"qkv_bias": True, "output_bias": False, "mlp_bias": False}
         return super().read(fields, windows=windows, **fixed, **more)
 
 

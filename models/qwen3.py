@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from .windows import qwen_windows
 
 class Qwen3Args(LlamaArgs):
     @classmethod
-    def read(cls, fields: Fields, **more: object) -> Self:
+    def read(cls, fields: Fields, **more: Any) -> Self:
         windows = qwen_windows(fields, fields.positive("num_hidden_layers"))
         return super().read(fields, windows=windows, mlp_bias=False, **more)
 
@@ -38,5 +38,5 @@ class Qwen3Attention(LlamaAttention):
 
 
 class Qwen3Model(LlamaModel):
-    args_class = Qwen3Args
+    args_class: type[LlamaArgs] = Qwen3Args
     attention_class = Qwen3Attention

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class Qwen3MoeArgs(Qwen3Args):
     dense_layers: frozenset[int]
 
     @classmethod
-    def read(cls, fields: Fields, **more: object) -> Self:
+    def read(cls, fields: Fields, **more: Any) -> Self:
         layers = fields.positive("num_hidden_layers")
         step = fields.positive("decoder_sparse_step", 1)
         dense = set(fields.optional("mlp_only_layers") or [])

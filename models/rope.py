@@ -39,8 +39,8 @@ class Rope(nn.Module):
 
 
 def rope_settings(fields: Fields, layer_type: str | None = None) -> Fields:
-    """The rope parameters of a layer type, from any of the forms in use: rope_theta and rope_scaling
-    at the top level, rope_parameters, or rope_parameters by layer type."""
+    """The rope parameters of a layer type, from any of the forms in use: rope_theta and
+    rope_scaling at the top level, rope_parameters, or rope_parameters by layer type."""
     values: Any = fields.optional("rope_parameters") or fields.optional("rope_scaling") or {}
     if not isinstance(values, Mapping):
         raise fields.unsupported("rope_parameters", "an object")
