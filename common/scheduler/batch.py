@@ -1,0 +1,97 @@
+"""From the rows chosen for a step to the StepBatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...platforms.interface_kv import I32
+from ...platforms.interface_step import LAST_TOKEN, StepBatch, Want
+from ..cache.kv_cache import KVCache, Sequence
+from ..errors import CacheCorrupted
+from .row import Row
+from .sampling import SamplingBuilder
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One row's share of a step: its positions `start` to `start + count - 1`."""
+
+    row: Row
+    start: int
+    count: int
+    samples: bool
+
+    @property
+    def scores(self) -> bool:
+        """Whether it brings log-probabilities of the prompt: some position's target is in it."""
+        return self.row.scores_prompt and self.start < self.row.prompt_length - 1
+
+
+class BatchBuilder:
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._sampling = SamplingBuilder()
+
+    def build(self, step: int, parts: list[Part]) -> StepBatch:
+        """No array is written to again, so the step may be read while the next is built."""
+        rows = [part.row for part in parts]
+        sequences = [held(row) for row in rows]
+        starts = np.array([part.start for part in parts], np.int32)
+        counts = np.array([part.count for part in parts], np.int32)
+        query_start = np.zeros(len(parts) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        handles = np.array([sequence.handle for sequence in sequences], np.int32)
+        pages = max(sequence.pages for sequence in sequences)
+        groups = zip(self._cache.groups, self._cache.tables, strict=True)
+        return StepBatch(
+            step=step,
+            row_ids=handles,
+            token_ids=_tokens(parts, int(query_start[-1])),
+            query_start=query_start,
+            context_lens=starts,
+            page_tables={group.name: table[handles, :pages] for group, table in groups},
+            want=np.array([_want(part) for part in parts], np.uint8),
+            sampling=self._sampling.build(rows, (starts + counts).astype(np.int64)),
+            prompt_targets=_targets(parts, query_start),
+        )
+
+
+def held(row: Row) -> Sequence:
+    """What a running row holds of the cache."""
+    if row.sequence is None:
+        raise CacheCorrupted(f"Request {row.request_id} runs without a sequence. This is a bug.")
+    return row.sequence
+
+
+def _want(part: Part) -> int:
+    want = int(Want.SAMPLE) if part.samples else 0
+    return want | int(Want.PROMPT_LOGPROBS) if part.scores else want
+
+
+def _tokens(parts: list[Part], total: int) -> I32:
+    if total == len(parts):
+        return np.array(
+            [LAST_TOKEN if p.start == p.row.known else p.row.tokens[p.start] for p in parts],
+            np.int32,
+        )
+    pieces = [
+        np.array([LAST_TOKEN], np.int32)
+        if part.start == part.row.known
+        else part.row.tokens[part.start : part.start + part.count]
+        for part in parts
+    ]
+    return np.concatenate(pieces)
+
+
+def _targets(parts: list[Part], query_start: I32) -> I32 | None:
+    if not any(part.scores for part in parts):
+        return None
+    targets = np.full(int(query_start[-1]), -1, np.int32)
+    for part, begin in zip(parts, query_start.tolist(), strict=False):
+        if part.scores:
+            row = part.row
+            end = min(part.start + part.count, row.prompt_length - 1)
+            targets[begin : begin + end - part.start] = row.tokens[part.start + 1 : end + 1]
+    return targets

@@ -1,0 +1,123 @@
+"""One request as the scheduler knows it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...platforms.interface_kv import I32
+from ..cache.kv_cache import Sequence
+from ..messages import AddRequest, TokenLogprobs
+
+F32 = NDArray[np.float32]
+
+
+class Row:
+    """A request's tokens and how far they are computed.
+
+    `tokens[:known]` are the prompt and the tokens collected so far; the first `computed` positions
+    have been scheduled; `in_flight` tokens are sampled but not collected. A row is *decoding* from
+    the step that computes its last known token on; preemption makes it start over.
+    """
+
+    __slots__ = (
+        "arrival",
+        "bans",
+        "bias",
+        "cached",
+        "computed",
+        "decoding",
+        "done",
+        "in_flight",
+        "known",
+        "limit",
+        "order",
+        "params",
+        "penalised",
+        "plain",
+        "priority",
+        "prompt_length",
+        "prompt_logprobs",
+        "reached",
+        "request_id",
+        "sequence",
+        "started",
+        "stops",
+        "tokens",
+    )
+
+    def __init__(
+        self, request: AddRequest, prompt: I32, limit: int, arrival: int, eos: frozenset[int]
+    ) -> None:
+        params = request.params
+        self.request_id = request.request_id
+        self.params = params
+        self.priority = request.priority
+        self.order = (-request.priority, arrival)  # smaller runs first, is preempted last
+        self.tokens = prompt
+        self.prompt_length = self.known = len(prompt)
+        self.limit = limit  # prompt and output tokens at which it ends with "length"
+        self.computed = 0
+        self.in_flight = 0
+        self.reached = (
+            0  # positions that have been computed once; more after a preemption are again
+        )
+        self.cached = 0  # prompt tokens served from the prefix tree
+        self.decoding = False
+        self.done = False
+        self.started = False  # its first message has been delivered
+        self.sequence: Sequence | None = None
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+        self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
+        self.bias = _pairs(params.logit_bias)
+        self.bans = _pairs({**params.logit_bias, **dict.fromkeys(self.stops, -np.inf)})
+        self.penalised = (
+            params.repetition_penalty != 1
+            or params.presence_penalty != 0
+            or params.frequency_penalty != 0
+        )
+        # A plain row's sampling arrays never change but for the draw.
+        self.plain = not (
+            self.penalised or params.min_tokens > 0 or params.prompt_logprobs is not None
+        )
+
+    @property
+    def outputs(self) -> int:
+        return self.known - self.prompt_length
+
+    @property
+    def exhausted(self) -> bool:
+        """All tokens it may have are sampled; the last is in flight."""
+        return self.known + self.in_flight >= self.limit
+
+    @property
+    def must_go_on(self) -> bool:
+        """The token sampled next must not end the request."""
+        return self.outputs + self.in_flight < self.params.min_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """It still owes the log-probabilities of its prompt, so every prompt token is computed."""
+        return self.params.prompt_logprobs is not None and not self.started
+
+    def append(self, token: int) -> None:
+        if self.known == len(self.tokens):
+            room = min(max(2 * self.known, 64), max(self.limit, self.known + 1))
+            grown = np.empty(room, np.int32)
+            grown[: self.known] = self.tokens
+            self.tokens = grown
+        self.tokens[self.known] = token
+        self.known += 1
+
+    def restart(self) -> None:
+        """Forget what was computed: everything known is a prompt now."""
+        self.computed = 0
+        self.decoding = False
+        self.sequence = None
+        if not self.started:
+            self.prompt_logprobs = [None]
+
+
+def _pairs(bias: dict[int, float]) -> tuple[I32, F32]:
+    ids = np.fromiter(bias.keys(), np.int32, len(bias))
+    return ids, np.fromiter(bias.values(), np.float32, len(bias))

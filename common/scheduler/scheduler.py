@@ -1,0 +1,302 @@
+"""The one scheduler: which rows run in the next step, with how many tokens and which pages.
+
+Each step has a token budget. Rows that decode come first, then prompts that are under way, in
+chunks, then waiting requests, whose longest cached prefix comes from the tree. When a decoding row
+can get no page, the row of lowest priority that came last gives up its pages and is computed anew
+later.
+
+Steps may overlap: `schedule` may be called again before the step before is `apply`ed. Devices run
+steps in order, so pages may be released, and prefixes published, as soon as a step is scheduled.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from ...platforms.interface import ExecutorInfo
+from ...platforms.interface_step import StepBatch, StepResult
+from ..cache.kv_cache import KVCache
+from ..cache.prefix_tree import Node
+from ..config import EngineConfig
+from ..errors import CacheCorrupted, QueueFull, RequestError
+from ..messages import AddRequest, Output
+from ..telemetry.load import LoadCounters
+from .admission import check_lengths, check_params, check_prompt
+from .batch import BatchBuilder, Part, held
+from .delivery import StepReader, extend_prompt_logprobs, message
+from .row import Row
+from .waiting import WaitingQueue
+
+
+class Scheduler:
+    """Owns every request from `add` to its last message, and the cache."""
+
+    def __init__(
+        self,
+        info: ExecutorInfo,
+        config: EngineConfig,
+        eos_token_ids: frozenset[int],
+        counters: LoadCounters,
+    ) -> None:
+        self._info = info
+        self._eos = eos_token_ids
+        self._counters = counters
+        self._max_rows = min(info.max_rows, info.max_step_tokens)
+        self._max_queue = config.max_queue
+        self.cache = KVCache(
+            info.groups, self._max_rows, info.max_context, config.prefix_cache, config.eviction
+        )
+        self._builder = BatchBuilder(self.cache)
+        self._open: dict[str, Row] = {}
+        self._waiting = WaitingQueue()
+        self._running: list[Row] = []  # in order of priority, then arrival
+        self._steps: deque[tuple[StepBatch, list[Part]]] = deque()  # submitted, not collected
+        self._arrivals = 0
+        self._step = 0
+        self._prefilled = False  # the last step computed prompts (where steps are not mixed)
+
+    @property
+    def in_flight(self) -> int:
+        """Steps scheduled and not yet applied."""
+        return len(self._steps)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def open_requests(self) -> list[str]:
+        return list(self._open)
+
+    # ---- requests
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request. Raises RequestError, ContextLengthExceeded or QueueFull."""
+        if request.request_id in self._open:
+            raise RequestError(
+                f"A request with id {request.request_id!r} is already open.", "request_id"
+            )
+        prompt = check_prompt(request, self._info)
+        check_params(request.params, self._info)
+        limit = check_lengths(request, self._info, self.cache)
+        # Rows that will start with the next step do not count as queued.
+        if self.waiting >= self._max_queue + self._max_rows - self.running:
+            raise QueueFull(self._max_queue)
+        row = Row(request, prompt, limit, self._arrivals, self._eos)
+        self._arrivals += 1
+        self._open[request.request_id] = row
+        self._waiting.push(row)
+
+    def abort(self, request_ids: Iterable[str]) -> list[Output]:
+        """End requests now, also in the middle of a step; ids that are not open are ignored."""
+        rows = [self._open[i] for i in dict.fromkeys(request_ids) if i in self._open]
+        for row in rows:
+            self._end(row, "abort")
+        return [Output(request_id=row.request_id, finish_reason="abort") for row in rows]
+
+    def _end(self, row: Row, reason: str) -> None:
+        row.done = True
+        del self._open[row.request_id]
+        if row.sequence is None:
+            self._waiting.forget()
+        else:
+            self._leave(row)
+        self._counters.finish(reason)
+
+    def _leave(self, row: Row) -> None:
+        """Take a row out of the running ones; what it has computed stays in the tree."""
+        self._publish(row)
+        self.cache.close(held(row))
+        self._running.remove(row)
+
+    def _publish(self, row: Row) -> None:
+        self.cache.publish(held(row), row.tokens[: min(row.known, row.computed)], row.priority)
+
+    # ---- choosing a step
+
+    def schedule(self) -> StepBatch | None:
+        """The next step; None when nothing can run now (with a step in flight: apply it first)."""
+        if self.in_flight > 1:
+            return None
+        for row in self._running:
+            self.cache.slide(held(row), row.computed)
+        parts = self._choose()
+        while not parts:
+            if parts is None or self.in_flight or not self._running:
+                return None
+            self._preempt(self._running[-1])  # prompts block one another
+            parts = self._choose()
+        batch = self._builder.build(self._step, parts)
+        self._step += 1
+        self._steps.append((batch, parts))
+        for part in parts:
+            if part.samples:
+                part.row.in_flight += 1
+                part.row.decoding = True
+            self._publish(part.row)
+        self.cache.check()
+        return batch
+
+    def _choose(self) -> list[Part] | None:
+        """Rows for one step, none when no row can go on, None when steps in flight must end first.
+        Where prompts and decoding may not share a step they take turns."""
+        if self._info.mixed_steps:
+            parts = self._decode()
+            return None if parts is None else parts + self._prefill(len(parts))
+        turns = [self._decode, self._prefill]
+        for turn in turns if self._prefilled else reversed(turns):
+            parts = turn()
+            if parts is None or parts:
+                self._prefilled = turn == self._prefill
+                return parts
+        return []
+
+    def _decode(self) -> list[Part] | None:
+        """One token for every decoding row; None when a row needs a page and must wait for steps in
+        flight, since only a row without one can be preempted."""
+        rows = [row for row in self._running if row.decoding and not row.exhausted]
+        size = self.cache.page_size
+        for row in rows:
+            while row.sequence is not None and row.computed == row.sequence.pages * size:
+                if self.cache.grow(row.sequence, 1):
+                    break
+                if self.in_flight:
+                    return None
+                self._preempt(self._running[-1])
+        return [self._take(row, 1) for row in rows if row.sequence is not None]
+
+    def _prefill(self, planned: int = 0) -> list[Part]:
+        """Chunks of prompts, those under way first; `planned` tokens of the budget are spent."""
+        budget = self._info.max_step_tokens - planned
+        parts: list[Part] = []
+        if budget <= 0:
+            return parts
+        under_way = [row for row in self._running if not row.decoding]
+        for row in itertools.chain(under_way, self._admissions()):
+            part = self._chunk(row, budget)
+            if part is not None:
+                parts.append(part)
+                budget -= part.count
+            if budget == 0:
+                break
+        return parts
+
+    def _admissions(self) -> Iterator[Row]:
+        """Start waiting rows, one by one, while there is a place for a row and its whole prompt has
+        room beside the running ones. A row that does not fit holds back those behind it."""
+        root = self.cache.tree.root
+        while self.running < self._max_rows and (row := self._waiting.first()) is not None:
+            nodes = [] if row.scores_prompt else self.cache.match(root, row.tokens[: row.known])
+            if self._running and not self._fits(row, nodes):
+                return
+            self._waiting.pop()
+            row.sequence = self.cache.open()
+            insort(self._running, row, key=lambda r: r.order)
+            yield row
+
+    def _fits(self, row: Row, nodes: list[Node]) -> bool:
+        """Whether every group has pages for the prompt, for the rest of the prompts under way, and
+        one more for each running row, so that a new row does not at once push out an old one."""
+        cache = self.cache
+        under_way = [(r.known, held(r).pages) for r in self._running if not r.decoding]
+        under_way.append((row.known, len(nodes)))
+        for g, pool in enumerate(cache.pools):
+            needed = sum(cache.pages_ahead(g, tokens, have) for tokens, have in under_way)
+            if pool.available - cache.unused(g, nodes) < needed + self.running:
+                return False
+        return True
+
+    def _chunk(self, row: Row, budget: int) -> Part | None:
+        """As much of a prompt as budget and pages allow, to a page boundary where it does not end,
+        after whatever the tree has of it by now. None when there is no room."""
+        sequence, size = held(row), self.cache.page_size
+        if not row.scores_prompt and sequence.pages == sequence.node.depth:
+            nodes = self.cache.match(sequence.node, row.tokens[: row.known])
+            if nodes:
+                self._adopt(row, nodes)
+        decoding = sum(1 for r in self._running if r.decoding)  # leave a page for each
+        room = sequence.pages + max(0, self.cache.room() - decoding)
+        end = min(row.known, row.computed + budget, room * size)
+        if end < row.known and end // size * size > row.computed:
+            end = end // size * size
+        if end <= row.computed:
+            return None
+        if not self.cache.grow(sequence, max(0, self.cache.pages_for(end) - sequence.pages)):
+            return None
+        part = self._take(row, end - row.computed)
+        # At once, so that the next row of this very step can share the pages.
+        self.cache.publish(sequence, row.tokens[:end], row.priority, may_swap=False)
+        return part
+
+    def _adopt(self, row: Row, nodes: list[Node]) -> None:
+        sequence = held(row)
+        self.cache.adopt(sequence, nodes, row.priority)
+        end = sequence.pages * self.cache.page_size
+        gained = max(0, min(end, row.prompt_length) - row.reached)
+        row.cached += gained
+        self._counters.cached_tokens += gained
+        row.computed = end
+        row.reached = max(row.reached, end)
+
+    def _take(self, row: Row, count: int) -> Part:
+        """Commit the next `count` positions of a row to the step under construction."""
+        start, end = row.computed, row.computed + count
+        row.computed = end
+        row.reached = max(row.reached, end)
+        self._counters.prompt_tokens += max(0, min(end, row.prompt_length) - start)
+        return Part(row, start, count, end == row.known + row.in_flight)
+
+    def _preempt(self, row: Row) -> None:
+        """Send a running row back to the queue; its tokens stay, its pages go."""
+        if self.running == 1:
+            raise CacheCorrupted(
+                f"Request {row.request_id} fits the cache alone and yet gets no page. This is a "
+                f"bug; report it."
+            )
+        self._leave(row)
+        row.restart()
+        self._waiting.push(row)
+        self._counters.preemptions += 1
+
+    # ---- results
+
+    def apply(self, result: StepResult) -> list[Output]:
+        """Take in the result of the oldest step in flight; returns the messages it brings. Raises
+        EngineDied when the result does not fit the step."""
+        batch, parts = self._steps.popleft()
+        reader = StepReader(batch, result, self._info.vocab_size)
+        self._counters.steps += 1
+        self._counters.device_seconds += result.device_seconds
+        for scores in result.prompt_logprobs:
+            extend_prompt_logprobs(parts[scores.row], scores)
+        outputs = []
+        for index, part in enumerate(parts):
+            if part.samples:
+                part.row.in_flight -= 1
+                if not part.row.done:
+                    outputs.append(self._advance(part.row, index, reader))
+        return outputs
+
+    def _advance(self, row: Row, index: int, reader: StepReader) -> Output:
+        token = reader.token(index)
+        if token in row.stops:
+            output = message(row, [], None if row.params.logprobs is None else [], "stop", token)
+            self._end(row, "stop")
+            return output
+        logprobs = None
+        if row.params.logprobs is not None:
+            logprobs = [reader.logprobs(index, token, row.params.logprobs)]
+        row.append(token)
+        self._counters.output_tokens += 1
+        reason = "length" if row.known >= row.limit else None
+        output = message(row, [token], logprobs, reason, None)
+        if reason is not None:
+            self._end(row, reason)
+        return output

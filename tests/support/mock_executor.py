@@ -1,0 +1,408 @@
+"""An executor in numpy whose "model" is a hash, so that any wrong page changes the tokens.
+
+It has two layers. Each stores one 64-bit value per token in the pages of every cache group, exactly
+where a device would, and "attends" by adding up the values that it reads back through the row's page
+table (of a window group only the window). Layer 2 stores what layer 1 read, so a page that was wrong
+for one moment leaves its mark. `alone` computes the same without pages: the oracle.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from sixfold.common.sampling import SamplingParams
+from sixfold.platforms.interface import DeviceFacts, ExecutorInfo, Status, Support
+from sixfold.platforms.interface_kv import KVGroup, KVKind
+from sixfold.platforms.interface_step import (
+    LAST_TOKEN,
+    PromptLogprobs,
+    SamplingArrays,
+    StepBatch,
+    StepResult,
+    Want,
+)
+
+U64 = np.uint64
+FULL, WINDOW = KVKind.FULL, KVKind.WINDOW
+
+
+class MockFault(Exception):
+    """The engine broke the contract of the step."""
+
+
+def group(name: str, pages: int, page_size: int, window: int = 0) -> KVGroup:
+    """`pages` usable ones; the null page comes on top."""
+    return KVGroup(name, WINDOW if window else FULL, page_size, pages + 1, window)
+
+
+def mock_info(groups: Sequence[KVGroup], **changes: Any) -> ExecutorInfo:
+    facts = DeviceFacts("mock", "mock", (), 0, True, 1, frozenset(), "none", "none", {})
+    values: dict[str, Any] = {
+        "groups": tuple(groups),
+        "vocab_size": 32,
+        "max_context": 256,
+        "page_size": groups[0].page_size,
+        "max_rows": 8,
+        "max_step_tokens": 64,
+        "overlap": True,
+        "mixed_steps": True,
+        "dtype": "float32",
+        "weight_bytes": 0,
+        "cache_bytes": 0,
+        "device": facts,
+        "features": MappingProxyType({}),
+        "decisions": (),
+    }
+    return ExecutorInfo(**{**values, **changes})
+
+
+# ---- the model
+
+
+def mix(x: Any) -> Any:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014), on uint64 arrays."""
+    x = np.asarray(x, U64)
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
+    return x ^ (x >> U64(31))
+
+
+def embed(tokens: Any, positions: Any) -> Any:
+    with np.errstate(over="ignore"):
+        return mix(np.asarray(tokens, U64) * U64(0x9E3779B97F4A7C15) + np.asarray(positions, U64))
+
+
+def attend(values: Any, queries: Any, groups: Sequence[KVGroup]) -> Any:
+    """values[g] (L,) of the context, queries (n,) positions -> (n,) what they see, all groups."""
+    seen = np.zeros(len(queries), U64)
+    with np.errstate(over="ignore"):
+        for g, spec in enumerate(groups):
+            sums = np.concatenate([np.zeros(1, U64), np.cumsum(values[g], dtype=U64)])
+            low = np.maximum(0, queries - spec.window + 1) if spec.window else 0 * queries
+            seen += mix(sums[queries + 1] - sums[low] + U64(g))
+    return mix(seen)
+
+
+def logits_of(hidden: Any, vocab: int) -> Any:
+    """(n,) -> (n, vocab) float32 in [0, 6)."""
+    with np.errstate(over="ignore"):
+        bits = mix(np.asarray(hidden, U64)[:, None] + np.arange(1, vocab + 1, dtype=U64))
+    return ((bits >> U64(40)).astype(np.float64) * (6 / 2**24)).astype(np.float32)
+
+
+def log_softmax(logits: Any) -> Any:
+    top = logits.max(-1, keepdims=True)
+    return (logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class RowSampling:
+    """One row's line of SamplingArrays."""
+
+    temperature: Any
+    top_k: int
+    top_p: Any
+    min_p: Any
+    repetition: Any
+    presence: Any
+    frequency: Any
+    bias_ids: Any
+    bias_values: Any
+    prompt: Any
+    output: Any
+    uniform: float
+
+    def choose(self, logits: Any) -> int:
+        scores = logits.astype(np.float64)
+        np.add.at(scores, self.bias_ids, self.bias_values.astype(np.float64))
+        counts = np.bincount(self.output, minlength=len(scores))
+        seen = (counts > 0) | (np.bincount(self.prompt, minlength=len(scores)) > 0)
+        factor = np.where(scores > 0, 1 / self.repetition, self.repetition)
+        scores = np.where(seen, scores * factor, scores)
+        scores = scores - self.presence * (counts > 0) - self.frequency * counts
+        if self.temperature == 0:
+            return int(np.argmax(scores))
+        p = np.exp((scores - scores.max()) / self.temperature)
+        order = np.argsort(-p, kind="stable")
+        keep = np.zeros(len(p), bool)
+        keep[order[: self.top_k or len(p)]] = True
+        p = np.where(keep, p, 0) / p[keep].sum()
+        before = np.cumsum(p[order]) - p[order]
+        keep[order[before >= self.top_p]] = False
+        keep &= p >= self.min_p * p.max()
+        p = np.where(keep, p, 0)
+        return int(np.searchsorted(np.cumsum(p), self.uniform * p.sum(), side="right"))
+
+
+def row_sampling(s: SamplingArrays, row: int, pending: int | None) -> RowSampling:
+    def part(start: Any, values: Any) -> Any:
+        return values[start[row] : start[row + 1]]
+
+    output = part(s.output_start, s.output_ids)
+    penalised = (s.repetition_penalty[row], s.presence_penalty[row], s.frequency_penalty[row]) != (
+        1,
+        0,
+        0,
+    )
+    if pending is not None and penalised:
+        output = np.append(output, pending)
+    return RowSampling(
+        np.float64(s.temperature[row]),
+        int(s.top_k[row]),
+        np.float64(s.top_p[row]),
+        np.float64(s.min_p[row]),
+        np.float64(s.repetition_penalty[row]),
+        np.float64(s.presence_penalty[row]),
+        np.float64(s.frequency_penalty[row]),
+        part(s.bias_start, s.bias_ids),
+        part(s.bias_start, s.bias_values),
+        part(s.prompt_start, s.prompt_ids),
+        output.astype(np.int64),
+        float(s.uniform[row]),
+    )
+
+
+# ---- the oracle
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What one request gives without cache, batch or steps."""
+
+    tokens: list[int]
+    finish_reason: str
+    stop_token: int | None
+    logprobs: list[float]
+    prompt_logprobs: list[float]
+
+
+def alone(
+    prompt: list[int],
+    params: SamplingParams,
+    info: ExecutorInfo,
+    eos: Iterable[int] = (),
+    draw: Any = None,
+) -> Alone:
+    """draw(seed, position) -> float: the generator under test has its own tests."""
+    groups, vocab = info.groups, info.vocab_size
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
+    capacity = min([g.pages - 1 for g in groups if not g.window], default=10**9) * info.page_size
+    limit = len(prompt) + params.max_tokens if params.max_tokens else info.max_context
+    limit = min(limit, capacity + 1)
+    tokens, scores = list(prompt), []
+    hidden = _hidden(tokens, 0, [], groups)
+    prompt_scores = log_softmax(logits_of(_last_layer(hidden, groups, all_of_them=True), vocab))
+    known = [float(prompt_scores[i, t]) for i, t in enumerate(prompt[1:])]
+    while True:
+        logits = logits_of(_last_layer(hidden, groups), vocab)[0]
+        made = tokens[len(prompt) :]
+        bias = dict(params.logit_bias)
+        if len(made) < params.min_tokens:
+            bias.update(dict.fromkeys(stops, -np.inf))
+        choice = RowSampling(
+            np.float64(np.float32(params.temperature)),
+            params.top_k,
+            np.float64(np.float32(params.top_p)),
+            np.float64(np.float32(params.min_p)),
+            np.float64(np.float32(params.repetition_penalty)),
+            np.float64(np.float32(params.presence_penalty)),
+            np.float64(np.float32(params.frequency_penalty)),
+            np.array(list(bias), np.int64),
+            np.array(list(bias.values()), np.float32),
+            np.array(prompt, np.int64),
+            np.array(made, np.int64),
+            draw(params.seed, len(tokens)) if draw and params.temperature else 0.0,
+        ).choose(logits)
+        if choice in stops:
+            return Alone(made, "stop", choice, scores, known)
+        scores.append(float(log_softmax(logits[None])[0, choice]))
+        tokens.append(choice)
+        if len(tokens) >= limit:
+            return Alone(tokens[len(prompt) :], "length", None, scores, known)
+        hidden = _hidden(tokens, len(tokens) - 1, hidden, groups)
+
+
+def _hidden(tokens: list[int], start: int, before: Any, groups: Sequence[KVGroup]) -> Any:
+    first = embed(tokens, np.arange(len(tokens)))
+    new = attend([first] * len(groups), np.arange(start, len(tokens)), groups)
+    return np.concatenate([np.asarray(before, U64), new])
+
+
+def _last_layer(hidden: Any, groups: Sequence[KVGroup], all_of_them: bool = False) -> Any:
+    queries = np.arange(len(hidden)) if all_of_them else np.array([len(hidden) - 1])
+    return attend([hidden] * len(groups), queries, groups)
+
+
+# ---- the executor
+
+
+class MockExecutor:
+    """`lazy`: steps are computed at `collect` and not at `submit`; both must give the same."""
+
+    def __init__(self, info: ExecutorInfo, lazy: bool = True) -> None:
+        self.info = info
+        self.lazy = lazy
+        self.batches: list[StepBatch] = []
+        self.computed = 0  # positions computed in all steps
+        self.depth = 0  # most steps ever in flight
+        self.fail_at: int | None = None  # step whose collect raises
+        self.closed = False
+        self._pending: deque[tuple[StepBatch, bytes, StepResult | None]] = deque()
+        self._last: dict[int, tuple[int, int]] = {}  # handle -> last sampled token, its position
+        self._poison = np.random.default_rng(0)
+        shapes = [(2, g.pages * g.page_size) for g in info.groups]
+        self._stores = [self._poison.integers(0, 2**63, s).astype(U64) for s in shapes]
+
+    def load(self, progress: Any = None) -> ExecutorInfo:
+        return self.info
+
+    def health(self) -> Support:
+        return Support(Status.YES)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def submit(self, batch: StepBatch) -> None:
+        self._check(batch)
+        self.batches.append(batch)
+        self._pending.append((batch, _bytes(batch), None if self.lazy else self._run(batch)))
+        self.depth = max(self.depth, len(self._pending))
+        if self.depth > (2 if self.info.overlap else 1):
+            raise MockFault("too many steps in flight")
+
+    def collect(self) -> StepResult:
+        if not self._pending:
+            raise RuntimeError("no step is pending")
+        batch, content, result = self._pending.popleft()
+        if self.fail_at == batch.step:
+            raise RuntimeError("the device is gone")
+        if _bytes(batch) != content:
+            raise MockFault("the arrays of a step changed while it was in flight")
+        return self._run(batch) if result is None else result
+
+    def _check(self, b: StepBatch) -> None:
+        counts = np.diff(b.query_start)
+        ok = (
+            b.query_start[0] == 0
+            and (counts >= 1).all()
+            and len(b.token_ids) == b.query_start[-1] <= self.info.max_step_tokens
+            and 1 <= b.rows <= self.info.max_rows
+            and len(set(b.row_ids.tolist())) == b.rows
+            and ((b.row_ids >= 0) & (b.row_ids < self.info.max_rows)).all()
+            and len(b.context_lens) == len(b.want) == b.rows
+            and set(b.page_tables) == {g.name for g in self.info.groups}
+            and all(len(t) == b.rows for t in b.page_tables.values())
+            and (b.context_lens + counts <= self.info.max_context).all()
+        )
+        if not ok:
+            raise MockFault(f"step {b.step} is malformed")
+        if not self.info.mixed_steps and (b.token_ids == LAST_TOKEN).any() and counts.max() > 1:
+            raise MockFault("a step mixes prompts and decoding")
+
+    def _slots(self, b: StepBatch, g: int, row: int, end: int) -> Any:
+        spec = self.info.groups[g]
+        positions = np.arange(end)
+        table = b.page_tables[spec.name][row]
+        return table[positions // spec.page_size] * spec.page_size + positions % spec.page_size
+
+    def _run(self, b: StepBatch) -> StepResult:
+        ends = (b.context_lens + np.diff(b.query_start)).tolist()
+        news = [np.arange(c, e) for c, e in zip(b.context_lens.tolist(), ends, strict=True)]
+        slots = [
+            [self._slots(b, g, r, ends[r]) for g in range(len(self._stores))] for r in range(b.rows)
+        ]
+        self.computed += sum(map(len, news))
+        tokens, pending = self._resolve(b, news)
+        self._write(0, [embed(t, n) for t, n in zip(tokens, news, strict=True)], slots, news)
+        hidden = [self._read(0, slots[r], news[r]) for r in range(b.rows)]
+        self._write(1, hidden, slots, news)
+        return self._results(b, slots, news, pending)
+
+    def _resolve(self, b: StepBatch, news: list[Any]) -> tuple[list[Any], list[int | None]]:
+        """Token ids per row, and the pending token of rows that have one."""
+        tokens, pending = [], []
+        for r, handle in enumerate(b.row_ids.tolist()):
+            ids = b.token_ids[b.query_start[r] : b.query_start[r + 1]].copy()
+            last = None
+            if ids[0] == LAST_TOKEN:
+                last, position = self._last.get(handle, (-1, -1))
+                if position != news[r][0]:
+                    raise MockFault("LAST_TOKEN of a row that sampled nothing in its last step")
+                ids[0] = last
+            if (ids < 0).any():
+                raise MockFault("LAST_TOKEN is not the only new token of its row")
+            tokens.append(ids)
+            pending.append(last)
+        return tokens, pending
+
+    def _write(self, layer: int, values: Any, slots: Any, news: Any) -> None:
+        for g, store in enumerate(self._stores):
+            new_slots = np.concatenate([s[g][n] for s, n in zip(slots, news, strict=True)])
+            size = self.info.groups[g].page_size
+            real = new_slots[new_slots >= size]
+            if len(np.unique(real)) != len(real):
+                raise MockFault("two rows write to one slot")
+            store[layer, new_slots] = np.concatenate(values)
+            store[layer, :size] = self._poison.integers(0, 2**63, size)  # the null page
+
+    def _read(self, layer: int, slots: Any, queries: Any) -> Any:
+        values = [store[layer, s] for store, s in zip(self._stores, slots, strict=True)]
+        return attend(values, queries, self.info.groups)
+
+    def _results(self, b: StepBatch, slots: Any, news: Any, pending: Any) -> StepResult:
+        vocab, s = self.info.vocab_size, b.sampling
+        width = max(0, int(s.logprobs.max()))
+        ids = np.full((b.rows, 1), -1, np.int32)
+        logprobs = np.zeros(b.rows, np.float32)
+        top_ids = np.zeros((b.rows, width), np.int32)
+        top_logprobs = np.zeros((b.rows, width), np.float32)
+        prompts = []
+        for r in range(b.rows):
+            if b.want[r] & Want.PROMPT_LOGPROBS:
+                logits = logits_of(self._read(1, slots[r], news[r]), vocab)
+                prompts.append(self._prompt_logprobs(b, r, logits))
+            if b.want[r] & Want.SAMPLE:
+                logits = logits_of(self._read(1, slots[r], news[r][-1:]), vocab)[0]
+                token = row_sampling(s, r, pending[r]).choose(logits)
+                raw = log_softmax(logits[None])[0]
+                best = np.argsort(-raw, kind="stable")[:width]
+                ids[r, 0], logprobs[r] = token, raw[token]
+                top_ids[r], top_logprobs[r] = best, raw[best]
+                self._last[int(b.row_ids[r])] = (token, int(news[r][-1]) + 1)
+        asked = bool((s.logprobs >= 0).any())
+        return StepResult(
+            step=b.step,
+            token_ids=ids,
+            accepted=(ids[:, 0] >= 0).astype(np.int32),
+            logprobs=logprobs if asked else None,
+            top_ids=top_ids if asked else None,
+            top_logprobs=top_logprobs if asked else None,
+            prompt_logprobs=tuple(prompts),
+            device_seconds=0.001,
+        )
+
+    def _prompt_logprobs(self, b: StepBatch, r: int, logits: Any) -> PromptLogprobs:
+        if b.prompt_targets is None:
+            raise MockFault("prompt log-probabilities without targets")
+        targets = b.prompt_targets[b.query_start[r] : b.query_start[r + 1]]
+        raw = log_softmax(logits)[targets >= 0]
+        targets = targets[targets >= 0]
+        best = np.argsort(-raw, axis=1, kind="stable")[:, : int(b.sampling.logprobs[r])]
+        chosen = np.take_along_axis(raw, targets[:, None].astype(np.int64), 1)[:, 0]
+        return PromptLogprobs(
+            r, chosen, best.astype(np.int32), np.take_along_axis(raw, best, 1).astype(np.float32)
+        )
+
+
+def _bytes(b: StepBatch) -> bytes:
+    arrays = [b.row_ids, b.token_ids, b.query_start, b.context_lens, b.want]
+    arrays += list(b.page_tables.values())
+    arrays += [getattr(b.sampling, name) for name in SamplingArrays.__dataclass_fields__]
+    return b"".join(a.tobytes() for a in arrays)
