@@ -28,15 +28,15 @@ class Gemma3Args(LlamaArgs):
     types: tuple[str, ...]
     local_rope: Fields
     query_scale: float
-    soft_cap: float
     logit_cap: float
 
     @classmethod
     def read(cls, fields: Fields, **more: Any) -> Self:
         if fields.text("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
             raise fields.unsupported("hidden_activation", "gelu_pytorch_tanh")
-        if fields.optional("use_bidirectional_attention"):
-            raise fields.unsupported("use_bidirectional_attention", "false")
+        for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
+            if fields.optional(name):
+                raise fields.unsupported(name, "null, as in every Gemma 3 checkpoint")
         pattern = fields.positive("sliding_window_pattern", 6)
         layers = fields.positive("num_hidden_layers")
         types = layer_types(fields, layers, lambda layer: bool((layer + 1) % pattern))
@@ -50,7 +50,6 @@ class Gemma3Args(LlamaArgs):
             "qkv_bias": bias,
             "output_bias": bias,
             "query_scale": fields.number("query_pre_attn_scalar") ** -0.5,
-            "soft_cap": fields.number("attn_logit_softcapping", 0.0),
             "logit_cap": fields.number("final_logit_softcapping", 0.0),
         }
         return cls(**{**read, **more})
@@ -67,7 +66,6 @@ class Gemma3Attention(Qwen3Attention):
             head_dim=args.head_dim,
             scale=args.query_scale,
             window=args.windows[layer],
-            soft_cap=args.soft_cap,
             dtype=build.dtype_name,
         )
 

@@ -73,7 +73,7 @@ def moe(
     renormalise: bool,
 ) -> Tensor:
     weights = router_logits.float().softmax(-1)
-    best = torch.sort(router_logits.float(), -1, descending=True, stable=True).indices[:, :top_k]
+    best = torch.sort(router_logits.float(), dim=-1, descending=True, stable=True)[1][:, :top_k]
     scale = weights.gather(-1, best)
     if renormalise:
         scale = scale / scale.sum(-1, keepdim=True)
