@@ -1,7 +1,7 @@
 """Choosing one token per row from logits, all sampling parameters included.
 
 Order of application, fixed for every platform:
-1. a NaN logit counts as -inf (the token is banned); values above 1e30 count as 1e30;
+1. a NaN logit counts as -inf (the token is banned), +inf as 1e30;
 2. logit bias is added (-inf bans);
 3. repetition penalty r over prompt and output tokens: positive logits are divided by r, others
    multiplied (Keskar et al. 2019, section 4.1, made sign-aware);
@@ -29,7 +29,6 @@ from ...platforms.interface_step import SamplingArrays
 from .contract import EXACT, F32, I64
 from .sample_cases import cases
 
-LARGEST = np.float32(1e30)
 F64 = NDArray[np.float64]
 
 
@@ -60,7 +59,7 @@ def unpack_mask(words: NDArray[np.uint32], vocab: int) -> NDArray[np.bool_]:
 
 
 def _adjust(logits: F32, s: SamplingArrays, row: int, pending: int) -> F32:
-    x = np.minimum(np.where(np.isnan(logits), -np.inf, logits), LARGEST).astype(np.float32)
+    x = np.nan_to_num(logits, nan=-np.inf, posinf=1e30, neginf=-np.inf).astype(np.float32)
     bias = slice(s.bias_start[row], s.bias_start[row + 1])
     x[s.bias_ids[bias]] += s.bias_values[bias]
     prompt = s.prompt_ids[s.prompt_start[row] : s.prompt_start[row + 1]]

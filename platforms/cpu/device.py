@@ -1,0 +1,70 @@
+"""The CPU as a TorchDevice: host memory, threads, dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..interface import Decision, DeviceFacts
+from ..torch_runtime.device import TorchDevice
+
+CACHE_SHARE = 4
+"""One part in this many of the memory left beside the weights: other programs live here too."""
+
+
+class HostEvent:
+    """Work on a CPU is done when its call returns, so there is nothing to wait for."""
+
+    def wait(self) -> None:
+        return
+
+
+class CpuDevice(TorchDevice):
+    """`threads` None means one per physical core that this process may use."""
+
+    def __init__(self, facts: DeviceFacts, threads: int | None = None) -> None:
+        super().__init__(facts, "cpu")
+        self._wanted_threads = threads
+
+    @property
+    def threads(self) -> int:
+        return self._wanted_threads or max(1, self.facts.cores)
+
+    def attach(self) -> None:
+        torch.set_num_threads(self.threads)
+
+    def decisions(self) -> tuple[Decision, ...]:
+        because = "set by the user"
+        if self._wanted_threads is None:
+            because = "one per physical core that this process may use"
+        return (Decision("threads", str(self.threads), because),)
+
+    def default_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:
+        if "bfloat16" not in self.facts.dtypes:
+            return "float32", "this CPU has no 16-bit matrix units; float32 is its fast dtype"
+        if checkpoint_dtype in ("float32", "float16"):
+            return "float32", f"the checkpoint is {checkpoint_dtype}; bfloat16 would round it"
+        return "bfloat16", "this CPU has bfloat16 matrix units"
+
+    def memory(self) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return int(memory.available), int(memory.total)
+
+    def cache_budget(self, free: int, weights: int) -> tuple[int, str]:
+        return (free - weights) // CACHE_SHARE, "a quarter of the memory left beside the weights"
+
+    def synchronize(self) -> None:
+        """Nothing is ever outstanding: see HostEvent."""
+
+    def event(self) -> HostEvent:
+        return HostEvent()
+
+    def to_host(self, tensor: Tensor) -> Any:
+        return tensor.detach().numpy()
+
+    @property
+    def collectives(self) -> str:
+        return "gloo"

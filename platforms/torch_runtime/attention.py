@@ -1,0 +1,219 @@
+"""The generic attention backend: paged context gathered, then torch's scaled_dot_product_attention.
+
+Rows with one new token are batched with others of similar context: their pages are gathered into
+one padded rectangle. Longer rows go one by one: those without context attend to the step's own keys
+with a causal flag, others gather their context once per layer and attend in blocks of queries with
+a mask. Keys and values of all rows are written before anything is read.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
+from torch import Tensor
+
+from ..interface import DeviceFacts
+from ..interface_attention import AttentionSpec
+from ..interface_kv import KVGroup, KVLayout
+from ..interface_step import StepBatch
+from .attention_plan import (
+    AttentionPlan,
+    DecodeBlock,
+    Piece,
+    PrefillRow,
+    plan_attention,
+)
+from .device import TorchDevice
+from .dtypes import DTYPES
+from .pools import TorchKVPool
+
+# A decode block's gathered keys and values should stay in a CPU's last-level cache between being
+# gathered and being read; larger blocks save no time elsewhere.
+GATHER_BYTES = 8 << 20
+
+
+class BoundDecode:
+    """A DecodeBlock on the device. `bias` (rows, 1, 1, span) or None when every key is seen."""
+
+    def __init__(self, block: DecodeBlock, device: TorchDevice, dtype: torch.dtype) -> None:
+        self.rows = len(block.tokens)
+        self.first, self.last = block.first, block.last
+        self.tokens = None if block.everything else device.to_device(block.tokens)
+        self.pages = device.to_device(block.pages)
+        self.bias: Tensor | None = None
+        if block.seen is not None:
+            begin, end = (device.to_device(edge).unsqueeze(1) for edge in block.seen)
+            position = torch.arange(self.first, self.last, device=self.pages.device)
+            seen = (position >= begin) & (position < end)
+            self.bias = _bias(seen, dtype).view(self.rows, 1, 1, -1)
+
+
+class BoundPrefill:
+    """A PrefillRow on the device; one bias (queries, keys) per piece, None when plainly causal."""
+
+    def __init__(self, row: PrefillRow, device: TorchDevice, dtype: torch.dtype) -> None:
+        self.start = row.start
+        self.pages = None if row.pages is None else device.to_device(row.pages)
+        self.pieces = [
+            (piece, None if piece.causal else _band(piece, row.window, device, dtype))
+            for piece in row.pieces
+        ]
+
+
+class BoundAttention:
+    """A plan on the device, good for every layer of its group and for one step."""
+
+    def __init__(self, plan: AttentionPlan, device: TorchDevice, dtype: torch.dtype) -> None:
+        self.slots = device.to_device(plan.slots)
+        self.fresh = device.to_device(plan.fresh) if len(plan.fresh) else None
+        self.decodes = [BoundDecode(block, device, dtype) for block in plan.decodes]
+        self.prefills = [BoundPrefill(row, device, dtype) for row in plan.prefills]
+
+
+class SdpaAttention:
+    """AttentionBackend on any torch device. `layout` must be called for a group before `plan`."""
+
+    name = "sdpa"
+
+    def __init__(self, device: TorchDevice) -> None:
+        self._device = device
+        self._layouts: dict[str, KVLayout] = {}
+
+    def accepts(self, spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
+        reasons = []
+        if spec.sinks:
+            reasons.append("attention sinks are not implemented by the generic backend")
+        if spec.heads % spec.kv_heads:
+            reasons.append(f"{spec.heads} heads do not divide among {spec.kv_heads} kv heads")
+        return tuple(reasons)
+
+    def layout(self, group: KVGroup, spec: AttentionSpec, layers: int) -> KVLayout:
+        axes = ("layer", "page", "token", "kv", "head", "dim")
+        shape = (layers, group.pages, group.page_size, 2, spec.kv_heads, spec.head_dim)
+        layout = KVLayout(axes, shape, spec.dtype)
+        self._layouts[group.name] = layout
+        return layout
+
+    def plan(self, batch: StepBatch, group: KVGroup) -> AttentionPlan:
+        layout = self._layouts[group.name]
+        _, _, _, _, heads, dim = layout.shape
+        token_bytes = 2 * heads * dim * DTYPES[layout.dtype].itemsize
+        return plan_attention(batch, group, max(1, GATHER_BYTES // token_bytes))
+
+    def bind(self, plan: AttentionPlan) -> BoundAttention:
+        return BoundAttention(plan, self._device, DTYPES[self._layouts[plan.group].dtype])
+
+    def run(
+        self,
+        bound: BoundAttention,
+        pool: TorchKVPool,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        if bound.fresh is not None:
+            pool.clear(layer, bound.fresh)
+        pool.write(layer, bound.slots, k, v)
+        result: Tensor | None = None
+        for block in bound.decodes:
+            part = _decode(block, pool, layer, q, spec)
+            if block.tokens is None:
+                return part
+            result = torch.empty_like(q) if result is None else result
+            result.index_copy_(0, block.tokens, part)
+        result = torch.empty_like(q) if result is None else result
+        for row in bound.prefills:
+            _prefill(row, pool, layer, q, k, v, spec, result)
+        return result
+
+
+def _decode(
+    block: BoundDecode, pool: TorchKVPool, layer: int, q: Tensor, spec: AttentionSpec
+) -> Tensor:
+    """(rows, heads, dim) for the block's rows."""
+    past = pool.gather(layer, block.pages)
+    past = past.view(block.rows, -1, *past.shape[1:])[:, block.first : block.last]
+    keys, values = past.permute(2, 0, 3, 1, 4).unbind()
+    if block.tokens is not None:
+        q = q.index_select(0, block.tokens)
+    return _attend(q.unsqueeze(2), keys, values, block.bias, False, spec).squeeze(2)
+
+
+def _prefill(
+    row: BoundPrefill,
+    pool: TorchKVPool,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    result: Tensor,
+) -> None:
+    if row.pages is None:
+        keys, values = k[row.start :], v[row.start :]
+    else:
+        keys, values = pool.gather(layer, row.pages).unbind(1)
+    for piece, bias in row.pieces:
+        where = slice(row.start + piece.query_first, row.start + piece.query_last)
+        seen = slice(piece.key_first, piece.key_last)
+        part = _attend(
+            q[where].transpose(0, 1).unsqueeze(0),
+            keys[seen].transpose(0, 1).unsqueeze(0),
+            values[seen].transpose(0, 1).unsqueeze(0),
+            bias,
+            piece.causal,
+            spec,
+        )
+        result[where] = part.squeeze(0).transpose(0, 1)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, spec: AttentionSpec
+) -> Tensor:
+    """q (B, heads, n, dim), k and v (B, kv_heads, L, dim) -> (B, heads, n, dim)."""
+    if spec.soft_cap:
+        return _attend_capped(q, k, v, bias, causal, spec)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=bias,
+        is_causal=causal,
+        scale=spec.scale,
+        enable_gqa=spec.heads != spec.kv_heads,
+    )
+
+
+def _attend_capped(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, spec: AttentionSpec
+) -> Tensor:
+    """Attention by its definition, because the fused one has no place for the cap."""
+    batch, heads, count, dim = q.shape
+    grouped = q.reshape(batch, spec.kv_heads, -1, count, dim)
+    logits = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2)).float()
+    logits = torch.tanh(logits * (spec.scale / spec.soft_cap)) * spec.soft_cap
+    if causal:
+        order = torch.arange(count, device=q.device)
+        bias = _bias(order <= order.unsqueeze(1), torch.float32)
+    if bias is not None:
+        logits = logits + (bias if bias.dim() == 2 else bias.unsqueeze(1))
+    weights = torch.softmax(logits, dim=-1).to(v.dtype)
+    return torch.matmul(weights, v.unsqueeze(2)).reshape(batch, heads, count, dim)
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where seen, -inf elsewhere."""
+    zero = torch.zeros((), dtype=dtype, device=seen.device)
+    return zero.where(seen, -torch.inf)
+
+
+def _band(piece: Piece, window: int, device: TorchDevice, dtype: torch.dtype) -> Tensor:
+    """(queries, keys): which keys of the piece each query sees."""
+    queries = torch.arange(piece.query_count, device=device.torch_device).unsqueeze(1)
+    distance = queries + piece.offset - torch.arange(piece.key_count, device=device.torch_device)
+    seen = distance >= 0
+    if window:
+        seen &= distance < window
+    return _bias(seen, dtype)

@@ -1,0 +1,177 @@
+"""How large the cache is: layers -> groups -> pages, within a budget, each choice with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...common.decisions import DecisionLog
+from ...common.errors import CheckpointError, ConfigError, OutOfMemory
+from ..interface import EngineSpec
+from ..interface_kv import CacheNeed, KVGroup, KVKind
+
+DEFAULT_PAGE_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNeed:
+    """Layers of a model with the same need."""
+
+    name: str
+    need: CacheNeed
+    layers: tuple[int, ...]
+
+    def bytes_per_token(self, itemsize: int) -> int:
+        return 2 * self.need.kv_heads * self.need.head_dim * itemsize * len(self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    groups: tuple[KVGroup, ...]
+    max_context: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(group.bytes_per_page * group.pages for group in self.groups)
+
+
+def group_needs(needs: Sequence[CacheNeed]) -> tuple[GroupNeed, ...]:
+    """Groups in order of their first layer. Raises CheckpointError for a kind without support."""
+    layers: dict[CacheNeed, list[int]] = {}
+    for layer, need in enumerate(needs):
+        if need.kind not in (KVKind.FULL, KVKind.WINDOW):
+            raise CheckpointError(
+                f"Layer {layer} needs a cache of kind {need.kind.value!r}; this runtime has "
+                "full and window."
+            )
+        layers.setdefault(need, []).append(layer)
+    names = _names(list(layers))
+    return tuple(
+        GroupNeed(name, need, tuple(members))
+        for name, (need, members) in zip(names, layers.items(), strict=True)
+    )
+
+
+def _names(needs: Sequence[CacheNeed]) -> list[str]:
+    """ "full", "window"; with sizes where two groups are of one kind."""
+    kinds = [need.kind for need in needs]
+    return [
+        need.kind.value
+        if kinds.count(need.kind) == 1
+        else f"{need.kind.value}-{need.window}-{need.kv_heads}x{need.head_dim}"
+        for need in needs
+    ]
+
+
+class CachePlanner:
+    """`budget` is in bytes for the cache alone, with the sentence that says where it comes from."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        needs: Sequence[GroupNeed],
+        itemsize: int,
+        context_length: int,
+        budget: tuple[int, str],
+        log: DecisionLog,
+    ) -> None:
+        self._spec = spec
+        self._needs = needs
+        self._itemsize = itemsize
+        self._context_length = context_length
+        self._budget, self._budget_reason = budget
+        self._log = log
+        self._page_size = spec.page_size or DEFAULT_PAGE_SIZE
+
+    def plan(self) -> CachePlan:
+        """Raises OutOfMemory with numbers, ConfigError for limits beyond the model's."""
+        given = self._spec.page_size is not None
+        self._log.add(
+            "page size",
+            f"{self._page_size} tokens",
+            "set by the user" if given else "short pages share more of a prefix; gathers stay long",
+        )
+        limit = self._context_limit()
+        pages = self._pages(limit)
+        capacity = (pages - 1) * self._page_size
+        context = self._max_context(limit, capacity)
+        groups = tuple(self._group(need, pages) for need in self._needs)
+        return CachePlan(groups, context)
+
+    def _context_limit(self) -> int:
+        wanted, most = self._spec.max_context, self._context_length
+        if wanted is not None and wanted > most:
+            raise ConfigError(
+                f"max_context {wanted} is more than the model's {most}; choose at most {most}."
+            )
+        return most if wanted is None else wanted
+
+    def _pages(self, context: int) -> int:
+        """Pages of a full group, the null page included."""
+        size = self._page_size
+        if self._spec.cache_tokens is not None:
+            pages = -(-self._spec.cache_tokens // size) + 1
+            self._require(self._bytes(pages), f"cache_tokens {self._spec.cache_tokens}")
+            self._log_cache(pages, "set by the user")
+            return pages
+        most = self._spec.max_rows * -(-context // size) + 1
+        if self._bytes(most) <= self._budget:
+            self._log_cache(
+                most, f"all {self._spec.max_rows} rows at {context} tokens; {self._budget_reason}"
+            )
+            return most
+        low, high = 1, most  # `low` pages fit (or nothing does), `high` do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._bytes(middle) <= self._budget else (low, middle)
+        if low < 2:
+            self._require(self._bytes(2), "a cache of one page")
+        self._log_cache(low, self._budget_reason)
+        return low
+
+    def _max_context(self, limit: int, capacity: int) -> int:
+        wanted = self._spec.max_context
+        if wanted is not None:
+            if wanted > capacity:
+                need = self._bytes(-(-wanted // self._page_size) + 1)
+                raise OutOfMemory(
+                    f"max_context {wanted} does not fit the cache of {capacity} tokens: it needs "
+                    f"{gib(need)}, the cache may have {gib(self._budget)}. Lower max_context, or "
+                    "raise cache_tokens or memory_fraction."
+                )
+            self._log.add("max context", f"{wanted} tokens", "set by the user")
+            return wanted
+        context = min(limit, capacity)
+        because = "the model's own limit" if context == limit else "what the cache can hold"
+        self._log.add("max context", f"{context} tokens", because)
+        return context
+
+    def _bytes(self, pages: int) -> int:
+        groups = [self._group(need, pages) for need in self._needs]
+        return sum(group.bytes_per_page * group.pages for group in groups)
+
+    def _group(self, need: GroupNeed, pages: int) -> KVGroup:
+        size = self._page_size
+        cost = need.bytes_per_token(self._itemsize) * size
+        if need.need.kind is KVKind.FULL:
+            return KVGroup(need.name, KVKind.FULL, size, pages, 0, cost)
+        # Twice what full rows hold, so that the prefix tree can keep windows too.
+        held = self._spec.max_rows * (-(-need.need.window // size) + 2)
+        most = 2 * held + -(-self._spec.max_step_tokens // size) + 1
+        return KVGroup(need.name, KVKind.WINDOW, size, min(pages, most), need.need.window, cost)
+
+    def _require(self, needed: int, what: str) -> None:
+        if needed > self._budget:
+            raise OutOfMemory(
+                f"{what} needs {gib(needed)} for keys and values; there is room for "
+                f"{gib(max(0, self._budget))} ({self._budget_reason}). Lower cache_tokens or "
+                "page_size, use a 16-bit dtype, or free memory."
+            )
+
+    def _log_cache(self, pages: int, because: str) -> None:
+        tokens = (pages - 1) * self._page_size
+        self._log.add("cache", f"{tokens} tokens, {gib(self._bytes(pages))}", because)
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,195 @@
+"""The Executor of every torch platform: one worker thread that loads a model and runs steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ...common.decisions import DecisionLog
+from ...common.errors import OutOfMemory
+from ...common.ops.registry import KernelRegistry
+from ...models.base import Model, parameter_bytes
+from ..interface import EngineSpec, ExecutorInfo, LoadProgress, Status, Support
+from ..interface_attention import AttentionBackend
+from ..interface_kernels import KernelTable, Problem
+from ..interface_step import StepBatch, StepResult
+from .cache_plan import CachePlan, CachePlanner, GroupNeed, gib, group_needs
+from .device import TorchDevice
+from .dtypes import DTYPES
+from .kernels import register_generic
+from .model_runner import CacheGroup, ModelRunner
+from .model_source import ModelSource, open_source
+from .pools import TorchKVPool
+
+RUNTIME_OPS = ("kv_write", "page_copy", "sample", "logprobs")
+"""Ops that the runtime calls beside the model's."""
+
+FEATURES = (
+    "logprobs",
+    "prompt_logprobs",
+    "logit_bias",
+    "penalties",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "grammar",
+)
+
+
+class TorchExecutor:
+    """`register` adds a platform's own kernels beside the generic ones; `source` opens the model.
+
+    Everything that touches the device happens on one thread, so `submit` returns at once and
+    `collect` waits; steps run in order. An exception in a step surfaces at its `collect`.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        device: TorchDevice,
+        register: Callable[[KernelRegistry], None] | None = None,
+        source: Callable[[EngineSpec], ModelSource] = open_source,
+    ) -> None:
+        self._spec = spec
+        self._device = device
+        self._register = register
+        self._open = source
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="sixfold-device")
+        self._pending: deque[Future[StepResult]] = deque()
+        self._runner: ModelRunner | None = None
+        self._failure: BaseException | None = None
+        self._closed = False
+        self.pools: dict[str, TorchKVPool] = {}
+
+    def load(self, progress: LoadProgress | None = None) -> ExecutorInfo:
+        """Raises CheckpointError, KernelError, ConfigError, or OutOfMemory with numbers."""
+        return self._worker.submit(self._load, progress).result()
+
+    def submit(self, batch: StepBatch) -> None:
+        if self._runner is None:
+            raise RuntimeError("submit needs an executor that is loaded and not closed")
+        self._pending.append(self._worker.submit(self._runner.run, batch))
+
+    def collect(self) -> StepResult:
+        if not self._pending:
+            raise RuntimeError("no step is pending")
+        try:
+            return self._pending.popleft().result()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def health(self) -> Support:
+        if self._closed:
+            return Support(Status.NO, "the executor is closed")
+        if self._failure is not None:
+            return Support(Status.NO, f"a step failed: {self._failure!r}")
+        if self._runner is None:
+            return Support(Status.NO, "no model is loaded")
+        return Support(Status.YES, "steps run")
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+        self._runner = None
+        self.pools.clear()
+
+    def _load(self, progress: LoadProgress | None) -> ExecutorInfo:
+        spec, device = self._spec, self._device
+        device.attach()
+        source = self._open(spec)
+        log = DecisionLog(device.decisions())
+        dtype = self._dtype(source, log)
+        registry = KernelRegistry()
+        register_generic(registry, device)
+        if self._register is not None:
+            self._register(registry)
+        problems = [*source.kernel_problems(dtype), *(Problem(op, dtype) for op in RUNTIME_OPS)]
+        ops = registry.resolve(problems, device.facts, spec.kernels, spec.strict)
+        model = source.build(ops, DTYPES[dtype])
+        attention, decision = registry.resolve_attention(
+            model.attention_specs(), device.facts, spec.kernels.get("attention"), spec.strict
+        )
+        log.extend([*ops.decisions, decision])
+        needs = group_needs(model.cache_needs())
+        weight_bytes, budget = self._memory(model)
+        planner = CachePlanner(
+            spec, needs, DTYPES[dtype].itemsize, source.context_length, budget, log
+        )
+        plan = planner.plan()
+        source.load(model, device.to_device, progress)
+        groups = self._reserve(plan, needs, model, attention, ops)
+        self._runner = ModelRunner(
+            model, groups, attention, ops, device, spec.max_rows, source.vocab_size
+        )
+        return self._info(source, plan, dtype, weight_bytes, log)
+
+    def _dtype(self, source: ModelSource, log: DecisionLog) -> str:
+        if self._spec.dtype is not None:
+            log.add("dtype", self._spec.dtype, "set by the user")
+            return self._spec.dtype
+        dtype, because = self._device.default_dtype(source.stored_dtype)
+        log.add("dtype", dtype, because)
+        return dtype
+
+    def _memory(self, model: Model) -> tuple[int, tuple[int, str]]:
+        """Bytes of the weights, and what is left for the cache with the reason."""
+        weight_bytes = parameter_bytes(model)
+        free, _ = self._device.memory()
+        fraction = self._spec.memory_fraction
+        if weight_bytes > free:
+            raise OutOfMemory(
+                f"The weights need {gib(weight_bytes)}, {self._device.facts.name} has {gib(free)} "
+                "free. Use a 16-bit dtype or a smaller model, or free memory."
+            )
+        if fraction is None:
+            return weight_bytes, self._device.cache_budget(free, weight_bytes)
+        because = f"memory_fraction {fraction} of {gib(free)} free, less the weights"
+        return weight_bytes, (int(free * fraction) - weight_bytes, because)
+
+    def _reserve(
+        self,
+        plan: CachePlan,
+        needs: tuple[GroupNeed, ...],
+        model: Model,
+        attention: AttentionBackend,
+        ops: KernelTable,
+    ) -> list[CacheGroup]:
+        specs = model.attention_specs()
+        groups = []
+        for group, need in zip(plan.groups, needs, strict=True):
+            layout = attention.layout(group, specs[need.layers[0]], len(need.layers))
+            pool = TorchKVPool(group, layout, self._device, ops)
+            self.pools[group.name] = pool
+            groups.append(CacheGroup(group, pool, need.layers))
+        return groups
+
+    def _info(
+        self,
+        source: ModelSource,
+        plan: CachePlan,
+        dtype: str,
+        weight_bytes: int,
+        log: DecisionLog,
+    ) -> ExecutorInfo:
+        return ExecutorInfo(
+            groups=plan.groups,
+            vocab_size=source.vocab_size,
+            max_context=plan.max_context,
+            page_size=plan.groups[0].page_size,
+            max_rows=self._spec.max_rows,
+            max_step_tokens=self._spec.max_step_tokens,
+            overlap=True,
+            mixed_steps=True,
+            dtype=dtype,
+            weight_bytes=weight_bytes,
+            cache_bytes=plan.bytes,
+            device=self._device.facts,
+            features={name: Support(Status.YES, "the generic sampler") for name in FEATURES},
+            decisions=tuple(log),
+        )

@@ -1,0 +1,153 @@
+"""Generic kernels: every op in plain torch. They run on any torch device and are the fallback of
+every torch platform. Statistics and rotations are computed in float32 whatever the dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
+from torch import Tensor
+
+from ..interface import DeviceFacts
+from ..interface_kernels import Kernel, Problem
+from .attention import SdpaAttention
+from .device import TorchDevice
+from .sampler import sample
+
+if TYPE_CHECKING:
+    from ...common.ops.registry import KernelRegistry
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    return F.embedding(ids, table)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    scale = torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps))
+    return (wide * scale.unsqueeze(-1)).mul_(weight).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    wide = x.float()
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    result = torch.empty_like(wide)
+    torch.mul(first, cos, out=result[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=result[..., half : 2 * half]).addcmul_(first, sin)
+    if 2 * half < x.shape[-1]:
+        result[..., 2 * half :] = wide[..., 2 * half :]
+    return result.to(x.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return rope(rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), cos, sin)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def moe(
+    x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalise: bool
+) -> Tensor:
+    """Every expert is one pair of products over the rows that chose it; experts are visited in
+    order and the visit reads their row counts on the host."""
+    weights = torch.softmax(router_logits.float(), dim=-1)
+    # A stable sort, not topk: equal logits go to the lowest expert id.
+    chosen = torch.sort(router_logits, dim=-1, descending=True, stable=True)[1][:, :top_k]
+    scale = weights.gather(1, chosen)
+    if renormalise:
+        scale = scale / scale.sum(dim=-1, keepdim=True)
+    expert_of, order = torch.sort(chosen.reshape(-1), stable=True)
+    row_of = order // top_k
+    factor = scale.reshape(-1)[order].unsqueeze(-1)
+    counts = torch.bincount(expert_of, minlength=len(gate_up)).tolist()
+    result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    begin = 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = row_of[begin : begin + count]
+            gate, up = F.linear(x[rows], gate_up[expert]).chunk(2, dim=-1)
+            hidden = F.linear(silu_mul(gate, up), down[expert])
+            result.index_add_(0, rows, hidden.float() * factor[begin : begin + count])
+            begin += count
+    return result.to(x.dtype)
+
+
+def kv_write(
+    keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    return keys.index_copy_(0, slots, k), values.index_copy_(0, slots, v)
+
+
+def page_copy(pool: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+    return pool.index_copy_(1, targets, pool.index_select(1, sources))
+
+
+def logprobs(logits: Tensor, token_ids: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    clean = torch.nan_to_num(logits, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    # Shifted first: subtracting the logarithm from large logits would cancel their digits.
+    best = clean.amax(dim=-1, keepdim=True)
+    shifted = clean - torch.where(torch.isfinite(best), best, 0.0)
+    total = torch.logsumexp(shifted, dim=-1, keepdim=True)
+    total = torch.where(torch.isfinite(total), total, 0.0)
+    chosen = shifted.gather(1, token_ids.unsqueeze(1)) - total
+    values, ids = torch.topk(shifted, min(top, logits.shape[-1]), dim=-1)
+    return chosen.squeeze(1), ids, values - total
+
+
+GENERIC: dict[str, Callable[..., Any]] = {
+    "embedding": embedding,
+    "linear": linear,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rope": rope,
+    "qk_norm_rope": qk_norm_rope,
+    "silu_mul": silu_mul,
+    "gelu_tanh_mul": gelu_tanh_mul,
+    "moe": moe,
+    "kv_write": kv_write,
+    "page_copy": page_copy,
+    "sample": sample,
+    "logprobs": logprobs,
+}
+
+
+def _anywhere(facts: DeviceFacts, problem: Problem) -> None:
+    return None
+
+
+def register_generic(registry: KernelRegistry, device: TorchDevice) -> None:
+    """Add the generic kernels and the generic attention backend, at priority 0."""
+    for op, fn in GENERIC.items():
+        registry.add(Kernel(op, "generic", _anywhere, fn, graph_safe=op != "moe"))
+    registry.add_attention(SdpaAttention(device))

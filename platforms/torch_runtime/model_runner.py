@@ -1,0 +1,212 @@
+"""One step on the device: StepBatch -> tensors -> model -> wanted logits -> StepResult."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...models.base import Attend, Model
+from ..interface_attention import AttentionBackend, AttentionSpec
+from ..interface_kernels import KernelTable
+from ..interface_kv import KVGroup
+from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, Want
+from .device import TorchDevice
+from .pools import TorchKVPool
+from .sampling_rows import select_rows
+
+I64 = NDArray[np.int64]
+
+LOGITS_AT_ONCE = 1 << 24
+"""Prompt log-probabilities are computed in slices of at most this many logits (64 MiB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """A cache group as the runner uses it: its layers in the model's order."""
+
+    group: KVGroup
+    pool: TorchKVPool
+    layers: tuple[int, ...]
+
+
+class ModelRunner:
+    """Runs steps in order; remembers on the device what each row sampled last."""
+
+    def __init__(
+        self,
+        model: Model,
+        groups: Sequence[CacheGroup],
+        attention: AttentionBackend,
+        ops: KernelTable,
+        device: TorchDevice,
+        max_rows: int,
+        vocab_size: int,
+    ) -> None:
+        self._model = model
+        self._groups = tuple(groups)
+        self._attention = attention
+        self._ops = ops
+        self._device = device
+        self._vocab_size = vocab_size
+        self._specs: Sequence[AttentionSpec] = model.attention_specs()
+        self._last = torch.zeros(max_rows, dtype=torch.int64, device=device.torch_device)
+        self._place = {
+            layer: (index, place)
+            for index, group in enumerate(groups)
+            for place, layer in enumerate(group.layers)
+        }
+
+    @torch.inference_mode()
+    def run(self, batch: StepBatch) -> StepResult:
+        """Waits for the device; `device_seconds` is the time from here to the last result."""
+        began = time.perf_counter()
+        self._move(batch)
+        token_ids = self._token_ids(batch)
+        lengths = np.diff(batch.query_start)
+        shift = np.repeat(batch.context_lens - batch.query_start[:-1], lengths)
+        positions = (np.arange(len(shift)) + shift).astype(np.int64)
+        hidden = self._model(token_ids, self._device.to_device(positions), self._bind(batch))
+        result = self._sample(batch, hidden)
+        prompts = self._prompt_logprobs(batch, hidden)
+        return StepResult(
+            step=batch.step,
+            prompt_logprobs=prompts,
+            device_seconds=time.perf_counter() - began,
+            **result,
+        )
+
+    def _move(self, batch: StepBatch) -> None:
+        for group in self._groups:
+            moves = [move for move in batch.moves if move.group == group.group.name]
+            if moves:
+                group.pool.copy([m.source for m in moves], [m.target for m in moves])
+
+    def _token_ids(self, batch: StepBatch) -> Tensor:
+        tokens = self._device.to_device(batch.token_ids.astype(np.int64))
+        waiting = np.flatnonzero(batch.token_ids == LAST_TOKEN)
+        if len(waiting):
+            rows = np.searchsorted(batch.query_start, waiting, side="right") - 1
+            handles = self._device.to_device(batch.row_ids[rows].astype(np.int64))
+            where = self._device.to_device(waiting.astype(np.int64))
+            tokens = tokens.index_copy(0, where, self._last[handles])
+        return tokens
+
+    def _bind(self, batch: StepBatch) -> Attend:
+        backend, groups = self._attention, self._groups
+        bound = [backend.bind(backend.plan(batch, group.group)) for group in groups]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            index, place = self._place[layer]
+            result: Tensor = backend.run(
+                bound[index], groups[index].pool, place, q, k, v, self._specs[layer]
+            )
+            return result
+
+        return attend
+
+    def _sample(self, batch: StepBatch, hidden: Tensor) -> dict[str, Any]:
+        rows = np.flatnonzero(batch.want & Want.SAMPLE)
+        tokens = np.full((batch.rows, 1), -1, np.int32)
+        result: dict[str, Any] = {"token_ids": tokens, "accepted": np.zeros(batch.rows, np.int32)}
+        if not len(rows):
+            return result
+        ends = batch.query_start[rows + 1].astype(np.int64) - 1
+        logits = self._model.logits(self._rows_of(hidden, ends))
+        sampling = select_rows(batch.sampling, rows)
+        handles = self._device.to_device(batch.row_ids[rows].astype(np.int64))
+        mask = batch.grammar_mask
+        words = None if mask is None else self._device.to_device(mask[rows].view(np.int32))
+        pending = None
+        if (batch.token_ids[ends] == LAST_TOKEN).any():
+            waits = self._device.to_device(batch.token_ids[ends] == LAST_TOKEN)
+            pending = torch.where(waits, self._last[handles], -1)
+        chosen = self._ops.sample(logits, sampling, words, pending)
+        # A row without an answer (-1) is failed by the engine; a step already submitted for it
+        # still needs a token that exists.
+        sampled = chosen.clamp(min=0)
+        self._last.index_copy_(0, handles, sampled)
+        asking = np.flatnonzero(sampling.logprobs >= 0)
+        logprobs = {}
+        if len(asking):
+            logprobs = self._row_logprobs(
+                logits, sampled, rows, asking, sampling.logprobs, batch.rows
+            )
+        tokens[rows, 0] = self._device.to_host(chosen)
+        result["accepted"][rows] = tokens[rows, 0] >= 0
+        return {**result, **logprobs}
+
+    def _rows_of(self, hidden: Tensor, rows: I64) -> Tensor:
+        if len(rows) == len(hidden):
+            return hidden
+        return hidden.index_select(0, self._device.to_device(rows))
+
+    def _row_logprobs(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        rows: I64,
+        asking: I64,
+        counts: NDArray[np.int32],
+        total: int,
+    ) -> dict[str, Any]:
+        """Arrays of StepResult for its `total` rows. `rows` sampled, of these `asking` want
+        log-probabilities; rows of the step that do not hold NaN and -1."""
+        top = min(int(counts.max()), logits.shape[1])
+        if len(asking) < len(rows):
+            where = self._device.to_device(asking.astype(np.int64))
+            logits, tokens = logits.index_select(0, where), tokens.index_select(0, where)
+        found = self._ops.logprobs(logits, tokens, top)
+        chosen, ids, best = (self._device.to_host(part) for part in found)
+        result: dict[str, Any] = {
+            "logprobs": np.full(total, np.nan, np.float32),
+            "top_ids": np.full((total, top), -1, np.int32),
+            "top_logprobs": np.full((total, top), np.nan, np.float32),
+        }
+        for array, values in zip(result.values(), (chosen, ids, best), strict=True):
+            array[rows[asking]] = values
+        return result
+
+    def _prompt_logprobs(self, batch: StepBatch, hidden: Tensor) -> tuple[PromptLogprobs, ...]:
+        rows = np.flatnonzero(batch.want & Want.PROMPT_LOGPROBS)
+        if not len(rows) or batch.prompt_targets is None:
+            return ()
+        targets = batch.prompt_targets
+        spans = [np.arange(batch.query_start[r], batch.query_start[r + 1]) for r in rows]
+        wanted = [span[targets[span] >= 0] for span in spans]
+        counts = [max(0, int(batch.sampling.logprobs[r])) for r in rows]
+        places = np.concatenate(wanted).astype(np.int64)
+        top = min(max(counts), self._vocab_size)
+        size = max(1, LOGITS_AT_ONCE // self._vocab_size)
+        slices = [
+            self._logprobs_at(hidden, places[at : at + size], targets, top)
+            for at in range(0, len(places), size)
+        ]
+        if not slices:
+            return ()
+        chosen, ids, best = (np.concatenate(parts) for parts in zip(*slices, strict=True))
+        result, at = [], 0
+        for row, span, count in zip(rows, wanted, counts, strict=True):
+            part = slice(at, at + len(span))
+            at += len(span)
+            if len(span):
+                result.append(
+                    PromptLogprobs(int(row), chosen[part], ids[part, :count], best[part, :count])
+                )
+        return tuple(result)
+
+    def _logprobs_at(
+        self, hidden: Tensor, places: I64, targets: NDArray[np.int32], top: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
+        logits = self._model.logits(hidden.index_select(0, self._device.to_device(places)))
+        tokens = self._device.to_device(targets[places].astype(np.int64))
+        chosen, ids, best = (
+            self._device.to_host(part) for part in self._ops.logprobs(logits, tokens, top)
+        )
+        return chosen, ids.astype(np.int32), best

@@ -1,0 +1,86 @@
+"""Paged storage of keys and values, one tensor per cache group.
+
+Layout: (layer, page, token, kv, head, dim). A page of one layer is one contiguous block that holds
+keys and values, so a context is gathered with one index operation per layer; all layers share one
+tensor, so copying pages is one operation per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..interface_kernels import KernelTable
+from ..interface_kv import KVGroup, KVLayout
+from .device import TorchDevice
+from .dtypes import DTYPES
+
+
+class TorchKVPool:
+    """KVPool of one group. Memory is reserved and not cleared: see `clear`."""
+
+    def __init__(
+        self, group: KVGroup, layout: KVLayout, device: TorchDevice, ops: KernelTable
+    ) -> None:
+        self._group = group
+        self._layout = layout
+        self._device = device
+        self._ops = ops
+        self.data = device.empty(layout.shape, DTYPES[layout.dtype])
+        layers, pages, size, _, heads, dim = layout.shape
+        # Views by slot, made once: a step then indexes plain lists.
+        slots = self.data.view(layers, pages * size, 2, heads, dim)
+        self._keys = [slots[layer, :, 0] for layer in range(layers)]
+        self._values = [slots[layer, :, 1] for layer in range(layers)]
+        self._blocks = [self.data[layer].view(pages, -1) for layer in range(layers)]
+
+    @property
+    def group(self) -> KVGroup:
+        return self._group
+
+    @property
+    def layout(self) -> KVLayout:
+        return self._layout
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """slots (T,) int64 on the device; k, v (T, heads, dim)."""
+        self._ops.kv_write(self._keys[layer], self._values[layer], slots, k, v)
+
+    def gather(self, layer: int, pages: Tensor) -> Tensor:
+        """pages (N,) int64 on the device -> (N * page_size, 2, heads, dim), a copy."""
+        _, _, _, _, heads, dim = self._layout.shape
+        return self._blocks[layer].index_select(0, pages).view(-1, 2, heads, dim)
+
+    def clear(self, layer: int, pages: Tensor) -> None:
+        """Zero pages. Attention pads to whole pages and gives the padding weight 0; a NaN left by
+        whoever had the page before would survive that, so a page is cleared when it is begun."""
+        self._blocks[layer].index_fill_(0, pages, 0.0)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """All sources are read before any target is written."""
+        where = [
+            self._device.to_device(np.asarray(pages, np.int64)) for pages in (sources, targets)
+        ]
+        self._ops.page_copy(self.data, *where)
+
+    def export_page(self, page: int) -> bytes:
+        canonical = self.data[:, page].permute(0, 2, 1, 3, 4).contiguous()
+        return bytes(self._device.to_host(canonical.view(torch.uint8)).tobytes())
+
+    def import_page(self, page: int, data: bytes) -> None:
+        layers, _, size, _, heads, dim = self._layout.shape
+        shape = (layers, 2, size, heads, dim)
+        dtype = self.data.dtype
+        need = int(np.prod(shape)) * dtype.itemsize
+        if len(data) != need:
+            raise ValueError(
+                f"A page of group {self._group.name!r} has {need} bytes, got {len(data)}."
+            )
+        raw = self._device.to_device(np.frombuffer(data, np.uint8).copy())
+        self.data[:, page] = raw.view(dtype).view(shape).permute(0, 2, 1, 3, 4)
+
+    def page_view(self, layer: int, page: int) -> Tensor:
+        return self.data[layer, page]

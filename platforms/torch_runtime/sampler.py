@@ -1,0 +1,186 @@
+"""The generic `sample` kernel: one token per row, all rows at once, no read of device values.
+
+The contract and the order of application are in `common/ops/sample.py`. Work is done only for what
+some row asks: a step of greedy rows costs one arg-max. Filters need the sorted values of their rows
+but no sorted ids: the value of the last token kept and the number of its equals to keep define the
+kept set, so ties go to the lowest id whatever the sort does.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..interface_step import SamplingArrays
+
+
+def sample(
+    logits: Tensor,
+    sampling: SamplingArrays,
+    grammar_mask: Tensor | None = None,
+    pending: Tensor | None = None,
+    *,
+    wide: torch.dtype = torch.float64,
+    shortlist: int = 0,
+) -> Tensor:
+    """logits (R, V) float32; grammar_mask (R, ceil(V/32)) int32 bit patterns; pending (R,) int64
+    -> token ids (R,) int64. `logits` is left as it is.
+
+    `wide` is the dtype of sums over the vocabulary. With a `shortlist` the sort is tried on that
+    many best tokens first, and whether they suffice is read on the host: for devices where such a
+    read is free.
+    """
+    x = torch.nan_to_num(logits, nan=-torch.inf, posinf=1e30, neginf=-torch.inf)
+    _add_bias(x, sampling)
+    _penalise(x, sampling, pending)
+    if grammar_mask is not None:
+        x.masked_fill_(~unpack_mask(grammar_mask, x.shape[1]), -torch.inf)
+    best, tokens = x.max(dim=-1)  # the first of equal values
+    drawing = np.flatnonzero(sampling.temperature > 0)
+    if len(drawing) == len(x):
+        tokens = _draw(x, best, sampling, drawing, wide, shortlist)
+    elif len(drawing):
+        rows = _index(drawing, x)
+        drawn = _draw(x[rows], best[rows], sampling, drawing, wide, shortlist)
+        tokens = tokens.index_copy(0, rows, drawn)
+    return torch.where(best == -torch.inf, -1, tokens)
+
+
+def unpack_mask(words: Tensor, vocab: int) -> Tensor:
+    """(R, W) int32 bit patterns -> (R, vocab) bool."""
+    shifts = torch.arange(32, device=words.device, dtype=torch.int32)
+    bits = (words.unsqueeze(-1) >> shifts) & 1
+    return bits.view(len(words), -1)[:, :vocab].bool()
+
+
+def _index(values: NDArray[np.generic], like: Tensor) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64)).to(like.device, non_blocking=True)
+
+
+def _column(
+    values: NDArray[np.generic], like: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(R,) host values -> (R, 1) on the device of `like`."""
+    return torch.from_numpy(values).to(like.device, dtype, non_blocking=True).unsqueeze(1)
+
+
+def _add_bias(x: Tensor, s: SamplingArrays) -> None:
+    if not len(s.bias_ids):
+        return
+    rows = _index(np.repeat(np.arange(len(x)), np.diff(s.bias_start)), x)
+    ids = _index(s.bias_ids, x)
+    values = torch.from_numpy(s.bias_values).to(x.device, non_blocking=True)
+    x[rows, ids] = x[rows, ids] + values
+
+
+def _penalise(x: Tensor, s: SamplingArrays, pending: Tensor | None) -> None:
+    repetition, presence, frequency = (
+        s.repetition_penalty,
+        s.presence_penalty,
+        s.frequency_penalty,
+    )
+    chosen = np.flatnonzero((repetition != 1) | (presence != 0) | (frequency != 0))
+    if not len(chosen):
+        return
+    rows = _index(chosen, x)
+    part = x[rows]
+    made = _counts(part, chosen, s.output_start, s.output_ids)
+    if pending is not None:
+        new = pending[rows].unsqueeze(1)
+        made.scatter_add_(1, new.clamp(min=0), (new >= 0).to(made.dtype))
+    if (repetition[chosen] != 1).any():
+        seen = (_counts(part, chosen, s.prompt_start, s.prompt_ids) + made) > 0
+        factor = _column(repetition[chosen], x)
+        part = torch.where(seen, torch.where(part > 0, part / factor, part * factor), part)
+    part -= _column(presence[chosen], x) * (made > 0) + _column(frequency[chosen], x) * made
+    x[rows] = part
+
+
+def _counts(
+    like: Tensor, rows: NDArray[np.generic], start: NDArray[np.int32], ids: NDArray[np.int32]
+) -> Tensor:
+    """(len(rows), V) float32: how often each token is in the ragged ids of each of `rows`."""
+    counts = torch.zeros_like(like)
+    position = np.full(len(start) - 1, -1)
+    position[rows] = np.arange(len(rows))
+    owner = np.repeat(position, np.diff(start))
+    cells, repeats = np.unique(
+        owner[owner >= 0] * like.shape[1] + ids[owner >= 0], return_counts=True
+    )
+    if len(cells):
+        values = torch.from_numpy(repeats.astype(np.float32)).to(like.device, non_blocking=True)
+        counts.view(-1).index_copy_(0, _index(cells, like), values)
+    return counts
+
+
+def _draw(
+    x: Tensor,
+    best: Tensor,
+    s: SamplingArrays,
+    rows: NDArray[np.generic],
+    wide: torch.dtype,
+    shortlist: int,
+) -> Tensor:
+    """Inverse of the cumulative distribution in vocabulary order. x (N, V) are the logits of
+    `rows` of the sampling arrays."""
+    best = best.clamp(min=-1e30).unsqueeze(1)  # a row of -inf is refused by the caller
+    weights = torch.exp((x - best) / _column(s.temperature[rows], x))
+    sorting = np.flatnonzero((s.top_k[rows] > 0) | (s.top_p[rows] < 1))
+    if len(sorting):
+        where = _index(sorting, x)
+        part = slice(None) if len(sorting) == len(rows) else where
+        kept = _kept(x[part], best[part], weights[part], s, rows[sorting], wide, shortlist)
+        weights[part] = weights[part] * kept
+    if (s.min_p[rows] > 0).any():
+        weights *= weights >= _column(s.min_p[rows], x)  # the best token's weight is 1
+    cumulative = weights.cumsum(dim=-1, dtype=wide)
+    total = cumulative[:, -1:]
+    target = _column(s.uniform[rows], x, wide) * total
+    token = torch.searchsorted(cumulative, target, right=True)
+    # Rounding may carry the target up to the total: the last token with a weight then.
+    return torch.minimum(token, torch.searchsorted(cumulative, total.contiguous())).squeeze(1)
+
+
+def _kept(
+    x: Tensor,
+    best: Tensor,
+    weights: Tensor,
+    s: SamplingArrays,
+    rows: NDArray[np.generic],
+    wide: torch.dtype,
+    shortlist: int,
+) -> Tensor:
+    """(N, V) bool: what top-k and then top-p keep."""
+    vocab = x.shape[1]
+    top_k = np.where(s.top_k[rows] > 0, np.minimum(s.top_k[rows], vocab), vocab)
+    limit = _column(top_k, x, torch.int64)
+    share = _column(np.where(s.top_p[rows] < 1, s.top_p[rows], np.inf), x, wide)
+    temperature = _column(s.temperature[rows], x)
+    everything = weights.sum(dim=-1, keepdim=True, dtype=wide)
+    length = min(shortlist, vocab) if shortlist else vocab
+    while True:
+        values = _largest(x, length)
+        inside = torch.arange(length, device=x.device) < limit
+        mass = (torch.exp((values - best) / temperature) * inside).to(wide)
+        reached = mass.cumsum(dim=-1)
+        total = torch.where(limit < vocab, reached[:, -1:], everything)
+        if length == vocab:
+            break
+        # A short list suffices when top-k ends inside it, or top-p does.
+        if bool(((limit <= length) | (reached[:, -1:] >= share * total)).all()):
+            break
+        length = vocab
+    count = (inside & (reached - mass < share * total)).sum(dim=-1, keepdim=True).clamp(min=1)
+    threshold = values.gather(1, count - 1)
+    equals = count - (values > threshold).sum(dim=-1, keepdim=True)
+    equal = x == threshold
+    return (x > threshold) | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= equals))
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """The `count` largest values of each row, descending."""
+    if count < x.shape[1]:
+        return torch.topk(x, count, dim=-1)[0]
+    return torch.sort(x, dim=-1, descending=True)[0]
