@@ -174,7 +174,7 @@ class Server:
         self._reporter.loading(message)
 
     async def _drain(self, client: EngineClient) -> int:
-        """Refuse new requests, let the running ones finish, end; a second signal cuts that short."""
+        """Refuse new requests and let the running ones finish; a second signal cuts that short."""
         self.service.phase = Phase.DRAINING
         self._reporter.draining(client.open_sequences)
         self._stop.clear()

@@ -8,6 +8,7 @@ from codecs import getincrementaldecoder
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sixfold.common.messages import Output, TokenLogprobs
 from sixfold.common.text.logprobs import chat_logprobs, completion_logprobs, token_name
 from sixfold.common.text.output import OutputText, TextDelta

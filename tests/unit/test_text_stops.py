@@ -3,9 +3,12 @@ the result does not depend on how the text is cut into chunks."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sixfold.common.text.stops import StopMatcher
 
 ALPHABET = "aab🙂"
@@ -24,7 +27,7 @@ def oracle(text: str, stops: list[str], include: bool, armed_from: int = 0) -> t
 
 def chunked(text: str, cuts: list[int]) -> list[str]:
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(edges)]
 
 
 @given(texts, stop_lists, st.booleans(), st.lists(st.integers(0, 100), max_size=6))
