@@ -1,0 +1,101 @@
+"""Intel GPUs through torch's XPU build: generic kernels only, so far."""
+
+from __future__ import annotations
+
+from ..interface import (
+    Accelerator,
+    DeviceFacts,
+    EngineSpec,
+    Executor,
+    Machine,
+    Probe,
+    Support,
+)
+from ..judgement import (
+    RANK_ACCELERATOR,
+    RANK_BY_NAME,
+    UNVERIFIED,
+    Lack,
+    absent,
+    describe,
+    generic_support,
+    judge,
+    node_lacks,
+    of_vendor,
+    torch_found,
+    torch_lacks,
+)
+
+# Graphics IP versions (kernel's xe driver, platform descriptors).
+ARCHITECTURES = {
+    "dg2": (12, 55), "pvc": (12, 60), "mtl": (12, 70), "bmg": (20, 1), "lnl": (20, 4),
+    "ptl": (30, 0),
+}  # fmt: skip
+DISCRETE = frozenset({"dg2", "pvc", "bmg"})
+INDEX = "--index-url https://download.pytorch.org/whl/xpu"
+RUNTIME = (
+    "sudo apt install libze1 libze-intel-gpu1 intel-opencl-icd"
+    "  # elsewhere: https://dgpu-docs.intel.com"
+)
+
+
+def device_facts(device: Accelerator, machine: Machine) -> DeviceFacts:
+    integrated = device.arch not in DISCRETE
+    return DeviceFacts(
+        kind="xpu",
+        name=device.name,
+        arch=ARCHITECTURES.get(device.arch, ()),
+        memory_bytes=device.memory_bytes or (machine.memory_bytes if integrated else 0),
+        unified_memory=integrated,
+        lane_width=8 if device.arch == "dg2" else 16,  # native SIMD of the vector engine
+        dtypes=frozenset({"float32", "float16", "bfloat16", "int8"}),
+        fp8="none",
+        graphs="none",
+        libraries={"torch": machine.packages.get("torch", ""), "driver": device.driver},
+    )
+
+
+def driver_lacks(machine: Machine, devices: list[Accelerator]) -> list[Lack]:
+    if machine.os == "windows":
+        return []
+    if all(not device.driver for device in devices):
+        kernel = "sudo apt install linux-generic-hwe-24.04  # a kernel with xe or i915; then reboot"
+        return [Lack("no kernel driver (xe or i915) is bound to the GPU", kernel)]
+    missing = Lack("no /dev/dri/renderD* exists", "docker run --device /dev/dri …")
+    lacks = node_lacks(machine, "/dev/dri/renderD", missing, "render,video")
+    if "level-zero-gpu" not in machine.tools:
+        lacks.append(Lack("Intel's Level Zero GPU runtime is not installed", RUNTIME))
+    return lacks
+
+
+class XPUPlatform:
+    name = "xpu"
+
+    def probe(self, machine: Machine) -> Probe:
+        seen = of_vendor(machine, "intel")
+        devices = [device for device in seen if device.arch]
+        found = [describe(device) for device in seen]
+        if not devices:
+            thing = "Intel GPU that torch supports (Arc, Data Center Max, Core Ultra)"
+            lacks = absent(machine, thing, ["ZE_AFFINITY_MASK"])
+            return judge(RANK_ACCELERATOR, "", found, lacks, ())
+        lacks = driver_lacks(machine, devices) + torch_lacks(machine, "xpu", "xpu", INDEX)
+        facts = [device_facts(device, machine) for device in devices]
+        reason = f"{devices[0].name} with torch for {machine.torch_build}; {UNVERIFIED}"
+        rank = RANK_ACCELERATOR
+        if devices[0].arch not in DISCRETE:
+            rank = RANK_BY_NAME
+            reason += "; it shares the CPU's memory bandwidth: only by --platform xpu"
+        return judge(rank, reason, found + torch_found(machine), lacks, facts)
+
+    def supports(self, feature: str, facts: DeviceFacts) -> Support:
+        return generic_support(feature)
+
+    def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
+        from ..torch_runtime.executor import TorchExecutor
+        from .device import XPUDevice
+
+        return TorchExecutor(spec, XPUDevice(facts, f"xpu:{spec.device_index}"))
+
+
+PLATFORM = XPUPlatform()

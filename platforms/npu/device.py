@@ -1,0 +1,13 @@
+"""An Ascend NPU as a TorchDevice. Never run on one yet: what differs is only its names."""
+
+from __future__ import annotations
+
+import torch_npu  # type: ignore[import-not-found]  # noqa: F401 (registers the device type)
+
+from ..torch_runtime.device import TorchDevice
+
+
+class NPUDevice(TorchDevice):
+    @property
+    def collectives(self) -> str:
+        return "hccl"

@@ -1,0 +1,11 @@
+"""An AMD GPU as a TorchDevice. Never run on one yet: what differs is only its names."""
+
+from __future__ import annotations
+
+from ..torch_runtime.device import TorchDevice
+
+
+class ROCmDevice(TorchDevice):
+    @property
+    def collectives(self) -> str:
+        return "nccl"  # torch's ROCm build has RCCL under this name
