@@ -35,12 +35,21 @@ def sampling(body: Sampled, max_tokens: int | None, logprobs: int | None) -> Sam
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, and the request's field that they came from."""
+
+    ids: list[int]
+    param: str
+    text: str = ""  # for an echo
+
+
 @dataclass(slots=True)
 class Choice:
     """One sequence of a request while it runs."""
 
     index: int
-    prompt: Sequence[int]
+    prompt: Prompt
     text: OutputText
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -57,9 +66,8 @@ class Run:
         self,
         service: Service,
         body: Sampled,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams,
-        param: str,
     ) -> None:
         """Checks everything, then queues n sequences per prompt. Raises RequestError, ApiError."""
         loaded = service.loaded
@@ -69,11 +77,11 @@ class Run:
             raise bad_request(
                 f"This asks for {len(prompts) * n} sequences; at most {loaded.ready.max_queue} "
                 "(--max-queue) fit in one request.",
-                "n" if n > 1 else param,
+                "n" if n > 1 else "prompt",
                 "invalid_value",
             )
         for prompt in prompts:
-            check_length(prompt, params, loaded.ready, param)
+            check_length(prompt.ids, params, loaded.ready, prompt.param)
         self.tokenizer = loaded.tokenizer
         self._metrics = service.metrics
         self._begun = time.perf_counter()
@@ -85,7 +93,7 @@ class Run:
         seeds = [nth_seed(params.seed, i) for i in range(n)]
         variants = [msgspec.structs.replace(params, seed=seed) for seed in seeds]
         self._generation = loaded.client.submit(
-            Wanted(list(choice.prompt), variants[choice.index % n], body.priority or 0)
+            Wanted(choice.prompt.ids, variants[choice.index % n], body.priority or 0)
             for choice in self.choices
         )
 
@@ -139,7 +147,7 @@ class Run:
     def usage(self) -> dict[str, Any]:
         """Each prompt counts once, however many choices were made from it."""
         firsts = self.choices[:: self.n]
-        prompt = sum(len(choice.prompt) for choice in firsts)
+        prompt = sum(len(choice.prompt.ids) for choice in firsts)
         completion = sum(choice.text.completion_tokens for choice in self.choices)
         return {
             "prompt_tokens": prompt,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from ..common.errors import RequestError
 
@@ -100,6 +100,13 @@ class Sampled(Body):
     def _ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         if value and not all(key.isascii() and key.isdigit() and len(key) < 10 for key in value):
             raise ValueError("keys must be token ids")
+        return value
+
+    @field_validator("stream_options")
+    @classmethod
+    def _streamed(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("only possible when stream is true")
         return value
 
     @field_validator("stop")

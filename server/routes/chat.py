@@ -11,7 +11,7 @@ from ...common.checkpoint.tokenizer import Tokenizer
 from ...common.text.logprobs import TokenEntry, chat_logprobs
 from ...common.text.output import TextDelta
 from ..errors import bad_request
-from ..generation import Choice, Run, sampling
+from ..generation import Choice, Prompt, Run, sampling
 from ..protocol import (
     ACCEPTED,
     REFUSED_CHAT,
@@ -84,7 +84,7 @@ async def chat_completions(request: Request) -> Response:
         loaded.tokenizer, body.messages, body.add_generation_prompt, body.chat_template_kwargs
     )
     prompt = await encode(loaded.tokenizer, text, "messages", special=False)
-    run = Run(service, body, [prompt], params, "messages")
+    run = Run(service, body, [Prompt(prompt, "messages")], params)
     return await answer(request, ChatDialect(service, body, run))
 
 

@@ -12,7 +12,7 @@ from ...common.messages import Ready
 from ...common.text.logprobs import TokenEntry, completion_logprobs
 from ...common.text.output import TextDelta
 from ..errors import bad_request
-from ..generation import Choice, Run, sampling
+from ..generation import Choice, Prompt, Run, sampling
 from ..protocol import ACCEPTED, REFUSED_COMPLETION, CompletionRequest, strip_neutral
 from ..reading import checked, parse_json, read_body
 from ..service import Loaded, Service, encode
@@ -27,22 +27,19 @@ class CompletionDialect(Dialect):
     id_prefix = "cmpl-"
     body: CompletionRequest
 
-    def __init__(
-        self, service: Service, body: CompletionRequest, run: Run, echoes: list[str] | None
-    ) -> None:
+    def __init__(self, service: Service, body: CompletionRequest, run: Run) -> None:
         super().__init__(service, body, run)
-        self._echoes = echoes
         self._discard = body.max_tokens == 0  # only the echo is wanted
         self._shift = [0] * len(run.choices)
 
     def _echo(self, choice: Choice) -> tuple[str, list[TokenEntry]]:
         """The prompt as text and as tokens; moves the offsets of what follows."""
-        if self._echoes is None:
+        if not self.body.echo:
             return "", []
-        text = self._echoes[choice.index // self.run.n]
+        text = choice.prompt.text
         self._shift[choice.index] = len(text)
-        stream, position, entries = self.run.tokenizer.stream(), 0, []
-        for index, token_id in enumerate(choice.prompt):
+        stream, position, entries = self.run.tokenizer.stream(start_of_text=True), 0, []
+        for index, token_id in enumerate(choice.prompt.ids):
             given = choice.prompt_logprobs[index] if choice.prompt_logprobs else None
             entries.append(TokenEntry(token_id, position, given))
             position += len(stream.step(token_id))
@@ -92,7 +89,7 @@ async def completions(request: Request) -> Response:
     body = checked(CompletionRequest, fields)
     service.check_model(body.model)
     _check(body, loaded.ready)
-    prompts, echoes = await _prompts(body, loaded)
+    prompts = await _prompts(body, loaded)
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     # The engine always samples; for a bare echo its one token is dropped.
     params = sampling(body, limit or 1, body.logprobs)
@@ -100,8 +97,8 @@ async def completions(request: Request) -> Response:
         params = msgspec.structs.replace(
             params, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0)
         )
-    run = Run(service, body, prompts, params, "prompt")
-    return await answer(request, CompletionDialect(service, body, run, echoes))
+    run = Run(service, body, prompts, params)
+    return await answer(request, CompletionDialect(service, body, run))
 
 
 def _check(body: CompletionRequest, ready: Ready) -> None:
@@ -120,28 +117,22 @@ def _check(body: CompletionRequest, ready: Ready) -> None:
         )
 
 
-async def _prompts(
-    body: CompletionRequest, loaded: Loaded
-) -> tuple[list[list[int]], list[str] | None]:
-    """Token ids of every prompt, and their texts when they are echoed."""
+async def _prompts(body: CompletionRequest, loaded: Loaded) -> list[Prompt]:
     given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if given and isinstance(given[0], int):
         given = [given]
     if not given:
         raise bad_request("prompt is empty.", "prompt", "invalid_value")
     tokenizer = loaded.tokenizer
-    prompts: list[list[int]] = []
-    echoes: list[str] = []
+    prompts = []
     for index, one in enumerate(given):
         where = "prompt" if len(given) == 1 else f"prompt[{index}]"
         if isinstance(one, str):
-            prompts.append(await encode(tokenizer, one, where))
-            echoes.append(one)
-            continue
-        check_ids(one, loaded.ready, where)
-        prompts.append(one)
-        echoes.append(tokenizer.decode(one) if body.echo else "")
-    return prompts, echoes if body.echo else None
+            prompts.append(Prompt(await encode(tokenizer, one, where), where, one))
+        else:
+            check_ids(one, loaded.ready, where)
+            prompts.append(Prompt(one, where, tokenizer.decode(one) if body.echo else ""))
+    return prompts
 
 
 def check_ids(ids: list[int], ready: Ready, where: str) -> None:
