@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START_LIMIT_S = 180
+QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
 
 def run(*command: str | Path, cwd: Path) -> None:
@@ -53,8 +54,9 @@ def serve_once(sixfold: Path, cwd: Path) -> str:
     threading.Thread(target=lambda: [lines.put(x) for x in stdout], daemon=True).start()
     try:
         address = wait_for_address(server, lines)
-        body = {"messages": [{"role": "user", "content": "What is the capital of France?"}],
-                "max_tokens": 16, "temperature": 0}  # fmt: skip
+        with urllib.request.urlopen(address + "/v1/models", timeout=30) as reply:
+            model = json.load(reply)["data"][0]["id"]
+        body = {"model": model, "max_tokens": 16, "temperature": 0, "messages": [QUESTION]}
         request = urllib.request.Request(
             address + "/v1/chat/completions", json.dumps(body).encode(),
             {"Content-Type": "application/json"},
