@@ -13,9 +13,8 @@ import pytest
 import torch
 from reference_kernels import reference_table
 from run_model import load, logits
-from tiny_models import LINEAR, LLAMA3, TINY, YARN, Tiny, expected_logits, gemma3_multimodal
+from tiny_models import LINEAR, LLAMA3, TINY, YARN, Tiny, expected_logits, gemma3_multimodal, save
 from tiny_models import prompt as tokens
-from tiny_models import save
 
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
 from sixfold.models.loading import build_model, kernel_problems
@@ -82,7 +81,7 @@ def test_every_rope_scaling_changes_the_answer(tmp_path: Path) -> None:
 
 
 def test_old_gemma_fields_mean_the_same(tmp_path: Path) -> None:
-    """The hub's form: sliding_window_pattern, rope_local_base_freq, rope_scaling for full layers."""
+    """The hub's form: sliding_window_pattern, rope_local_base_freq, rope_scaling (full layers)."""
     oracle = TINY["gemma3_linear"].model()
     path = save(oracle, tmp_path)
     config = json.loads((path / "config.json").read_text())

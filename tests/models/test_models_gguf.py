@@ -1,8 +1,8 @@
 """Contract: a GGUF file gives the same model as the weights that it was written from.
 
-Oracles: files written by the `gguf` package from tiny transformers models; transformers' own logits;
-the package's quantise / dequantise for every type that it can write; llama.cpp's layout rules
-(permuted q and k for llama, 1 + w norms for Gemma).
+Oracles: files written by the `gguf` package from tiny transformers models; their own logits; the
+package's quantise / dequantise for every type that it can write; llama.cpp's layout rules (permuted
+q and k for llama, 1 + w norms for Gemma).
 """
 
 from __future__ import annotations
