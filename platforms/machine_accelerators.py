@@ -75,7 +75,9 @@ def visible(devices: list[Accelerator], value: str) -> list[Accelerator]:
 
 
 def nvidia(source: Source) -> Iterator[Accelerator]:
-    version = re.search(r"Kernel Module\D*([\d.]+)", source.text("/proc/driver/nvidia/version"))
+    version = re.search(
+        r"Kernel Module.*?\s(\d+\.[\d.]+)", source.text("/proc/driver/nvidia/version")
+    )
     driver = version[1] if version else ""
     query = "--query-gpu=name,memory.total,compute_cap,driver_version"
     listed = source.run(["nvidia-smi", query, "--format=csv,noheader,nounits"])
