@@ -55,7 +55,13 @@ def of_vendor(machine: Machine, vendor: str) -> list[Accelerator]:
     return [a for a in machine.accelerators if a.vendor == vendor]
 
 
-def describe(device: Accelerator) -> str:
+def describe(devices: Sequence[Accelerator]) -> list[str]:
+    """One line for each kind of device, with how many there are."""
+    lines = [_line(device) for device in devices]
+    return [f"{n} x {x}" if (n := lines.count(x)) > 1 else x for x in dict.fromkeys(lines)]
+
+
+def _line(device: Accelerator) -> str:
     size = f"{device.memory_bytes / 2**30:.0f} GiB" if device.memory_bytes else ""
     driver = f"driver {device.driver}" if device.driver else ""
     details = ", ".join(filter(None, (device.arch, size, driver)))
@@ -94,7 +100,7 @@ def node_lacks(machine: Machine, prefix: str, missing: Lack, group: str) -> list
         remedy = f"sudo usermod -aG {group} $USER  # then log out and in again"
         if "container" in machine.tools:
             groups = " ".join(f"--group-add {name}" for name in group.split(","))
-            remedy = f"docker run {groups} …  # give the container the group of the node"
+            remedy = f"docker run {groups} ...  # give the container the group of the node"
         return [Lack(f"this user may not open {nodes[0]}", remedy)]
     return []
 

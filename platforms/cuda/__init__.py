@@ -42,7 +42,7 @@ OLDEST_ARCH = {12: (5, 0), 13: (7, 5)}
 DRIVER_REMEDY = (
     "sudo ubuntu-drivers install  # elsewhere: https://www.nvidia.com/drivers; then reboot"
 )
-CONTAINER_REMEDY = "docker run --gpus all …  # start the container with its GPUs"
+CONTAINER_REMEDY = "docker run --gpus all ...  # start the container with its GPUs"
 
 
 def architecture(word: str) -> tuple[int, ...]:
@@ -107,7 +107,7 @@ class CUDAPlatform:
 
     def probe(self, machine: Machine) -> Probe:
         devices = of_vendor(machine, "nvidia")
-        found = [describe(device) for device in devices]
+        found = describe(devices)
         if not devices:
             lacks = absent(machine, "NVIDIA GPU", ["CUDA_VISIBLE_DEVICES"])
             return judge(RANK_ACCELERATOR, "", found, lacks, ())

@@ -15,7 +15,7 @@ class MLXPlatform:
 
     def probe(self, machine: Machine) -> Probe:
         devices = of_vendor(machine, "apple")
-        found = [describe(device) for device in devices]
+        found = describe(devices)
         found += [f"{n} {v}" for n, v in machine.packages.items() if n in ("mlx", "mlx-lm")]
         lacks = [Lack(NOT_YET, INSTEAD)] if devices else absent(machine, "Apple GPU", [])
         return judge(0, "", found, lacks, ())

@@ -63,7 +63,7 @@ def driver_lacks(machine: Machine, devices: list[Accelerator]) -> list[Lack]:
     if "container" in machine.tools:
         remedy = (
             "docker run --device /dev/davinci0 --device /dev/davinci_manager "
-            "--device /dev/devmm_svm --device /dev/hisi_hdc …"
+            "--device /dev/devmm_svm --device /dev/hisi_hdc ..."
         )
     missing = Lack("/dev/davinci0 does not exist", remedy)
     return node_lacks(machine, "/dev/davinci", missing, "HwHiAiUser")
@@ -97,7 +97,7 @@ class NPUPlatform:
 
     def probe(self, machine: Machine) -> Probe:
         devices = of_vendor(machine, "huawei")
-        found = [describe(device) for device in devices]
+        found = describe(devices)
         if not devices:
             lacks = absent(machine, "Ascend NPU", ["ASCEND_RT_VISIBLE_DEVICES"])
             return judge(RANK_ACCELERATOR, "", found, lacks, ())

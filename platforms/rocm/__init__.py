@@ -69,7 +69,7 @@ def driver_lacks(machine: Machine, devices: list[Accelerator]) -> list[Lack]:
         return [Lack("the amdgpu kernel driver is not loaded", driver)]
     remedy = "sudo amdgpu-install --usecase=rocm  # then reboot"
     if "container" in machine.tools:
-        remedy = "docker run --device /dev/kfd --device /dev/dri …  # give the container its GPUs"
+        remedy = "docker run --device /dev/kfd --device /dev/dri ...  # give the container its GPUs"
     groups = "render,video"
     lacks = node_lacks(machine, "/dev/kfd", Lack("/dev/kfd does not exist", remedy), groups)
     none = Lack("no /dev/dri/renderD* exists", remedy)
@@ -89,7 +89,7 @@ class ROCmPlatform:
 
     def probe(self, machine: Machine) -> Probe:
         devices = of_vendor(machine, "amd")
-        found = [describe(device) for device in devices]
+        found = describe(devices)
         if not devices:
             lacks = absent(machine, "AMD GPU", VARIABLES)
             return judge(RANK_ACCELERATOR, "", found, lacks, ())

@@ -33,6 +33,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 DISCRETE = frozenset({"dg2", "pvc", "bmg"})
 INDEX = "--index-url https://download.pytorch.org/whl/xpu"
+SUPPORTED = "none in software: this platform needs an Intel Arc, Data Center Max or Core Ultra GPU"
 RUNTIME = (
     "sudo apt install libze1 libze-intel-gpu1 intel-opencl-icd"
     "  # elsewhere: https://dgpu-docs.intel.com"
@@ -61,7 +62,7 @@ def driver_lacks(machine: Machine, devices: list[Accelerator]) -> list[Lack]:
     if all(not device.driver for device in devices):
         kernel = "sudo apt install linux-generic-hwe-24.04  # a kernel with xe or i915; then reboot"
         return [Lack("no kernel driver (xe or i915) is bound to the GPU", kernel)]
-    missing = Lack("no /dev/dri/renderD* exists", "docker run --device /dev/dri …")
+    missing = Lack("no /dev/dri/renderD* exists", "docker run --device /dev/dri ...")
     lacks = node_lacks(machine, "/dev/dri/renderD", missing, "render,video")
     if "level-zero-gpu" not in machine.tools:
         lacks.append(Lack("Intel's Level Zero GPU runtime is not installed", RUNTIME))
@@ -74,10 +75,11 @@ class XPUPlatform:
     def probe(self, machine: Machine) -> Probe:
         seen = of_vendor(machine, "intel")
         devices = [device for device in seen if device.arch]
-        found = [describe(device) for device in seen]
+        found = describe(seen)
         if not devices:
-            thing = "Intel GPU that torch supports (Arc, Data Center Max, Core Ultra)"
-            lacks = absent(machine, thing, ["ZE_AFFINITY_MASK"])
+            lacks = absent(machine, "Intel GPU", ["ZE_AFFINITY_MASK"])
+            if seen:
+                lacks = [Lack(f"torch does not support {seen[0].name}", SUPPORTED)]
             return judge(RANK_ACCELERATOR, "", found, lacks, ())
         lacks = driver_lacks(machine, devices) + torch_lacks(machine, "xpu", "xpu", INDEX)
         facts = [device_facts(device, machine) for device in devices]
