@@ -14,7 +14,7 @@ from ..common.checkpoint.checkpoint import Checkpoint
 from ..common.errors import CheckpointError
 from ..platforms.interface import LoadProgress
 from ..platforms.interface_kernels import KernelTable, Problem
-from .base import Model, Placement, parameter_bytes
+from .base import Model, Placement
 from .gemma3 import Gemma3Model
 from .gguf_weights import GGUFWeights
 from .layers import Build, Layer, Norm
@@ -104,12 +104,12 @@ def load_weights(
     else:
         source = SafetensorsWeights(checkpoint.path)
     pieces = _assign(model, source, checkpoint)
-    total, done = parameter_bytes(model), 0
+    total, done = sum(parameter.nbytes for parameter in model.parameters()), 0
     for owner, leaf, name in _parameters(model):
         meta = getattr(owner, leaf)
         value = to_device(_value(owner, meta, pieces[name], source))
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-        done += meta.numel() * meta.element_size()
+        done += meta.nbytes
         if progress:
             progress(done, total)
     for module in model.modules():

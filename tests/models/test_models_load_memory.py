@@ -1,0 +1,143 @@
+"""Contract: loading peaks at no more than 1.25 times the weights as loaded, and safetensors of the
+right dtype are used where they lie, without a copy.
+
+Measured on the real SmolLM2 in a process of its own: the kernel's peak of resident memory, reset
+just before loading (Linux only).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_model import load
+from tiny_models import TINY, save
+
+from sixfold.common.checkpoint.checkpoint import open_checkpoint
+from sixfold.common.checkpoint.source import resolve_model
+from sixfold.models.loading import build_model, load_weights
+from sixfold.models.safetensors_weights import SafetensorsWeights
+from sixfold.platforms.interface_kernels import KernelTable
+
+SCRIPT = """
+import json, re, sys
+from pathlib import Path
+import torch
+from sixfold.common.checkpoint.checkpoint import open_checkpoint
+from sixfold.models.base import parameter_bytes
+from sixfold.models.loading import build_model, load_weights
+from sixfold.platforms.interface_kernels import KernelTable
+
+def kib(field):
+    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+torch.set_num_threads(2)
+warm = torch.ones(1000).bfloat16().float().sum()
+checkpoint = open_checkpoint(sys.argv[1])
+model = build_model(checkpoint, KernelTable({}, ()), getattr(torch, sys.argv[2]))
+Path("/proc/self/clear_refs").write_text("5")  # peak = now
+before = kib("VmRSS")
+load_weights(model, checkpoint, lambda tensor: tensor)
+total = sum(float(p.view(-1)[::512].sum()) for p in model.parameters())  # touch every page
+print(json.dumps({"grown": (kib("VmHWM") - before) * 1024, "private": kib("RssAnon") * 1024,
+                  "weights": parameter_bytes(model)}))
+"""
+
+
+def measure(path: Path, dtype: str) -> dict[str, int]:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak resident memory can be reset on Linux only")
+    command = [sys.executable, "-c", SCRIPT, str(path), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def smollm2_safetensors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's configuration and bfloat16 weights as a safetensors directory in two shards."""
+    import transformers
+
+    from sixfold.platforms.interface_kernels import KernelTable
+
+    checkpoint = open_checkpoint(resolve_model(""))
+    model = build_model(checkpoint, KernelTable({}, ()), torch.bfloat16)
+    load_weights(model, checkpoint, lambda tensor: tensor)
+    keep = {k: v for k, v in checkpoint.config.items() if k != "model_type"}
+    with torch.device("meta"):
+        twin = transformers.LlamaForCausalLM(transformers.LlamaConfig(**keep))
+    twin.load_state_dict(model.state_dict(), strict=False, assign=True)
+    twin.tie_weights()
+    path = tmp_path_factory.mktemp("smollm2")
+    return save(twin, path, max_shard_size="150MB")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gguf_peak(dtype: str) -> None:
+    found = measure(resolve_model(""), dtype)
+    assert found["grown"] <= 1.25 * found["weights"], found
+
+
+def test_converted_safetensors_peak(smollm2_safetensors: Path) -> None:
+    assert len(list(smollm2_safetensors.glob("*.safetensors"))) == 2
+    found = measure(smollm2_safetensors, "float32")
+    assert found["grown"] <= 1.25 * found["weights"], found
+
+
+def test_mapped_safetensors_take_no_private_memory(smollm2_safetensors: Path) -> None:
+    mapped = measure(smollm2_safetensors, "bfloat16")
+    converted = measure(smollm2_safetensors, "float32")
+    assert mapped["grown"] <= 1.25 * mapped["weights"], mapped
+    # Converted weights are private memory; mapped ones are pages of the file.
+    saved = converted["private"] - mapped["private"]
+    assert saved >= 0.9 * converted["weights"], (mapped, converted)
+
+
+def test_parameters_lie_on_the_file(tmp_path: Path) -> None:
+    """Writing to the mapping shows in the parameter, so they are the same memory; the file keeps
+    its bytes."""
+    path = save(TINY["llama"].model(), tmp_path)
+    source = SafetensorsWeights(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    first, second = source.mapped(name, torch.float32), source.mapped(name, torch.float32)
+    assert first is not None
+    assert second is not None
+    assert first.data_ptr() == second.data_ptr()
+    original = (path / "model.safetensors").read_bytes()
+    first[0, 0] = 42.0
+    assert second[0, 0] == 42.0
+    assert (path / "model.safetensors").read_bytes() == original
+    assert source.mapped(name, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_shards_and_conversion_give_equal_weights(name: str, tmp_path: Path) -> None:
+    oracle = TINY[name].model()
+    whole = load(save(oracle, tmp_path / "whole"))
+    shards = save(oracle.to(torch.bfloat16), tmp_path / "shards", max_shard_size="40KB")
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    halves = load(shards)
+    for (key, a), (_, b) in zip(whole.named_parameters(), halves.named_parameters(), strict=True):
+        assert torch.equal(a.to(torch.bfloat16).float(), b), key
+
+
+def test_progress_and_device_see_every_byte(tmp_path: Path) -> None:
+    path = save(TINY["llama_biases"].model(), tmp_path)
+    checkpoint = open_checkpoint(path)
+    model = build_model(checkpoint, KernelTable({}, ()), torch.float32)
+    moved: list[torch.Tensor] = []
+    steps: list[tuple[int, int]] = []
+
+    def to_device(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tensor)
+        return tensor.clone()
+
+    load_weights(model, checkpoint, to_device, lambda done, total: steps.append((done, total)))
+    assert steps[-1][0] == steps[-1][1] == sum(p.nbytes for p in model.parameters())
+    assert [done for done, _ in steps] == sorted({done for done, _ in steps})
+    tensors = [*model.parameters(), *model.buffers()]
+    assert len(moved) == len(tensors)
+    assert not {t.data_ptr() for t in tensors} & {t.data_ptr() for t in moved}
