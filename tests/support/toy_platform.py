@@ -101,10 +101,11 @@ class ToyExecutor:
             if batch.want[r] & Want.PROMPT_LOGPROBS:
                 prompts.append(prompt_logprobs(batch, r, raw))
             if batch.want[r] & Want.SAMPLE:
-                token = sample(raw[-1], batch, r, tokens[start:end])
-                chosen[r] = self.last[batch.row_ids[r]] = token
+                chosen[r] = self.last[batch.row_ids[r]] = sample(
+                    raw[-1], batch, r, tokens[start:end]
+                )
                 logs = log_softmax(raw[-1])
-                logprobs[r], top_ids[r] = logs[token], best(logs, top_ids.shape[1])
+                logprobs[r], top_ids[r] = logs[chosen[r, 0]], best(logs, top_ids.shape[1])
                 top[r] = logs[top_ids[r]]
         accepted = (chosen[:, 0] >= 0).astype(np.int32)
         extra = (logprobs, top_ids, top) if wanted >= 0 else (None, None, None)

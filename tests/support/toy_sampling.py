@@ -20,7 +20,8 @@ def best(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def sample(raw: np.ndarray, batch: StepBatch, r: int, new_tokens: np.ndarray) -> int:
-    """One token of row r from its raw logits (V,). `new_tokens`: those of the step, resolved."""
+    """One token of row r from its raw logits (V,), -1 when every token is banned. `new_tokens`:
+    those of the step, resolved."""
     p, start, end = batch.sampling, batch.query_start[r], batch.query_start[r + 1]
     logits = raw.astype(np.float64)
     span = slice(p.bias_start[r], p.bias_start[r + 1])
@@ -40,6 +41,8 @@ def sample(raw: np.ndarray, batch: StepBatch, r: int, new_tokens: np.ndarray) ->
         words = np.ascontiguousarray(batch.grammar_mask[r]).view(np.uint8)
         allowed = np.unpackbits(words, bitorder="little")[: len(logits)]
         logits[allowed == 0] = -np.inf
+    if np.isneginf(logits).all():
+        return -1
     if p.temperature[r] == 0:
         return int(logits.argmax())
     return draw(logits / p.temperature[r], p.top_k[r], p.top_p[r], p.min_p[r], p.uniform[r])

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import toy_platform
 from toy_checkpoint import ASSISTANT, END, VOCABULARY, toy_environment, write_toy_checkpoint
-from toy_sampling import draw, log_softmax
+from toy_sampling import draw, log_softmax, sample
 
 from sixfold.common.errors import ConfigError
+from sixfold.common.ops.sample import sample as reference_sample
 from sixfold.platforms.interface import EngineSpec, Platform
 from sixfold.platforms.interface_step import (
     LAST_TOKEN,
@@ -202,6 +203,66 @@ def test_bias_and_grammar_decide(executor: toy_platform.ToyExecutor) -> None:
     mask = np.zeros((1, -(-VOCABULARY // 32)), np.uint32)
     mask[0, END // 32] = 1 << END % 32
     assert run(executor, step(row, grammar_mask=mask)).token_ids[0, 0] == END
+
+
+def test_a_row_without_any_allowed_token_samples_nothing(
+    executor: toy_platform.ToyExecutor,
+) -> None:
+    mask = np.zeros((1, -(-VOCABULARY // 32)), np.uint32)
+    result = run(executor, step([(0, PROMPT, 0, [1, 2, 3])], grammar_mask=mask))
+    assert (result.token_ids[0, 0], result.accepted[0]) == (-1, 0)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_two_samplers_written_apart_agree(seed: int) -> None:
+    """The toy's sampler and the reference of the op, over random rows with everything set."""
+    rng, rows, vocab = np.random.default_rng(seed), 8, 40
+
+    def often(off: float, low: float, high: float) -> np.ndarray:
+        return np.where(rng.random(rows) < 0.5, off, rng.uniform(low, high, rows)).astype(
+            np.float32
+        )
+
+    def lists(limit: int) -> tuple[np.ndarray, np.ndarray]:
+        counts = rng.integers(0, limit, rows)
+        starts = i32(np.concatenate([[0], np.cumsum(counts)]))
+        return starts, i32(rng.integers(0, vocab, starts[-1]))
+
+    prompt, output = lists(9), lists(9)
+    counts = rng.integers(0, 4, rows)
+    bias = [i for n in counts for i in rng.choice(vocab, n, replace=False)]
+    values = np.where(rng.random(len(bias)) < 0.2, -np.inf, rng.normal(0, 3, len(bias)))
+    arrays = sampling(
+        rows,
+        temperature=often(0, 0.3, 2),
+        top_k=i32(rng.choice([0, 1, 3, 12, 99], rows)),
+        top_p=often(1, 0.05, 1),
+        min_p=often(0, 0, 0.5),
+        repetition_penalty=often(1, 0.5, 2),
+        presence_penalty=often(0, -2, 2),
+        frequency_penalty=often(0, -2, 2),
+        uniform=rng.random(rows),
+        bias_start=i32(np.concatenate([[0], np.cumsum(counts)])),
+        bias_ids=i32(bias),
+        bias_values=values.astype(np.float32),
+        prompt_start=prompt[0],
+        prompt_ids=prompt[1],
+        output_start=output[0],
+        output_ids=output[1],
+    )
+    logits = rng.normal(0, 3, (rows, vocab)).astype(np.float32)
+    mask = rng.integers(0, 2**32, (rows, 2), dtype=np.uint32)
+    mask[0] = 0
+    last = np.where(rng.random(rows) < 0.5, rng.integers(0, vocab, rows), -1)
+    batch = step(
+        [(r, [LAST_TOKEN if last[r] >= 0 else 5], 0, [1]) for r in range(rows)],
+        sampling=arrays,
+        grammar_mask=mask,
+    )
+    ours = [sample(logits[r], batch, r, last[r : r + 1]) for r in range(rows)]
+    theirs = reference_sample(logits, arrays, mask, last.astype(np.int64))
+    assert ours == theirs.tolist()
+    assert ours[0] == -1
 
 
 def test_draw_narrows_and_follows_vocabulary_order() -> None:
