@@ -157,6 +157,28 @@ def test_support_of_cpu_and_mlx() -> None:
 
 
 @pytest.mark.parametrize(
+    ("machine", "platform", "torch_device", "collectives"),
+    [
+        ("nvidia_h100", "cuda", "cuda:1", "nccl"),
+        ("amd_mi300x", "rocm", "cuda:1", "nccl"),
+        ("intel_arc_b580", "xpu", "xpu:1", "xccl"),
+    ],
+)
+def test_an_executor_is_built_without_its_hardware(
+    machine: str, platform: str, torch_device: str, collectives: str
+) -> None:
+    """Nothing of a device is touched before `load`; index and facts arrive as chosen."""
+    facts = select.probe_all(load(machine))[platform].devices[0]
+    executor = select.platforms()[platform].executor(EngineSpec("model", device_index=1), facts)
+    device = executor._device  # type: ignore[attr-defined]
+    assert str(device.torch_device) == torch_device
+    assert device.facts is facts
+    assert device.collectives == collectives
+    assert device.feature_support.status is Status.UNVERIFIED
+    executor.close()
+
+
+@pytest.mark.parametrize(
     ("name", "extra"),
     [
         ("no_torch", "cuda"),
