@@ -55,12 +55,15 @@ def translate(file: GGUFFile) -> dict[str, Any]:
 def token_ids(file: GGUFFile) -> tuple[frozenset[int], int | None]:
     """(ids that end generation, BOS id or None), from the tokenizer's metadata."""
     prefix = "tokenizer.ggml."
-    ends = {file.get(prefix + key) for key in _EOS_KEYS} - {None}
-    kinds = file.get(prefix + "token_type")
+    fields = Fields(file.scalars(), file.path)
+    named = [key for key in _EOS_KEYS if fields.optional(prefix + key) is not None]
+    ends = {fields.integer(prefix + key) for key in named}
+    tokens = file.strings(prefix + "tokens")
+    kinds = file.numbers(prefix + "token_type", len(tokens))
     if kinds is not None:
-        tokens = file.get(prefix + "tokens", [])
         ends |= {int(i) for i in np.flatnonzero(kinds == CONTROL) if tokens[i] in _END_TEXTS}
-    return frozenset(ends), file.get(prefix + "bos_token_id")
+    bos = fields.optional(prefix + "bos_token_id")
+    return frozenset(ends), None if bos is None else fields.integer(prefix + "bos_token_id")
 
 
 def _whole_file(file: GGUFFile) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import CheckpointError
 from .gguf_types import SUPPORTED, supported_names, type_name
@@ -80,10 +81,21 @@ class GGUFFile:
         value = self._values.get(key, default)
         return self._decode(value) if isinstance(value, _Array) else value
 
-    def array_length(self, key: str) -> int:
-        """Elements of an array without decoding it; 0 when it is absent or no array."""
-        value = self._values.get(key)
-        return value.count if isinstance(value, _Array) else 0
+    def strings(self, key: str) -> list[str]:
+        """An array of strings; empty when absent. Raises CheckpointError for another type."""
+        value = self.get(key, [])
+        if not isinstance(value, list):
+            raise CheckpointError(f"{self.path}: field {key!r} must be an array of strings.")
+        return value
+
+    def numbers(self, key: str, count: int) -> NDArray[Any] | None:
+        """An array of `count` numbers; None when absent. Raises CheckpointError otherwise."""
+        value = self.get(key)
+        if value is not None and not (isinstance(value, np.ndarray) and len(value) == count):
+            raise CheckpointError(
+                f"{self.path}: field {key!r} must be an array of {count} numbers."
+            )
+        return value
 
     def scalars(self) -> Mapping[str, Any]:
         """All metadata that is not an array."""

@@ -57,19 +57,14 @@ _SPLITS = {
 
 def build(file: GGUFFile) -> Tokenizer:
     """The tokenizer described by the file. Raises CheckpointError naming the field."""
-    tokens = file.get("tokenizer.ggml.tokens")
+    tokens = file.strings("tokenizer.ggml.tokens")
     if not tokens:
         raise CheckpointError(
             f"{file.path}: field 'tokenizer.ggml.tokens' is missing: no tokenizer."
         )
     kind = file.get("tokenizer.ggml.model")
-    kinds = file.get("tokenizer.ggml.token_type")
-    types = [_NORMAL] * len(tokens) if kinds is None else [int(k) for k in kinds]
-    if len(types) != len(tokens):
-        raise CheckpointError(
-            f"{file.path}: field 'tokenizer.ggml.token_type' has {len(types)} entries for "
-            f"{len(tokens)} tokens."
-        )
+    kinds = file.numbers("tokenizer.ggml.token_type", len(tokens))
+    types: list[int] = [_NORMAL] * len(tokens) if kinds is None else kinds.tolist()
     if kind == "gpt2":
         tokenizer, default_bos = _byte_level(file, tokens), _split(file).bos
     elif kind == "llama":
@@ -87,9 +82,22 @@ def build(file: GGUFFile) -> Tokenizer:
 def special_texts(file: GGUFFile) -> dict[str, str]:
     """Text of bos, eos, unk and pad tokens, by the names that chat templates use."""
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    ids = {name: file.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
-    tokens = file.get("tokenizer.ggml.tokens", [])
-    return {name: tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)}
+    tokens = file.strings("tokenizer.ggml.tokens")
+    texts = {name: _special(file, tokens, key) for key, name in names.items()}
+    return {name: text[0] for name, text in texts.items() if text is not None}
+
+
+def _special(file: GGUFFile, tokens: list[str], key: str) -> tuple[str, int] | None:
+    """(text, id) of a special token, or None when the file has none."""
+    name = f"tokenizer.ggml.{key}_token_id"
+    id = file.get(name)
+    if id is None:
+        return None
+    if not isinstance(id, int) or not 0 <= id < len(tokens):
+        raise CheckpointError(
+            f"{file.path}: field {name!r} is {id!r}, not one of the {len(tokens)} tokens."
+        )
+    return tokens[id], id
 
 
 def _split(file: GGUFFile) -> _Split:
@@ -105,7 +113,7 @@ def _split(file: GGUFFile) -> _Split:
 def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     split = _split(file)
     vocab = {text: id for id, text in enumerate(tokens)}
-    merges = [tuple(line.split(" ", 1)) for line in file.get("tokenizer.ggml.merges", [])]
+    merges = [tuple(line.split(" ", 1)) for line in file.strings("tokenizer.ggml.merges")]
     model: Any = BPE
     try:
         tokenizer = Tokenizer(model(vocab=vocab, merges=merges, ignore_merges=split.whole_words))
@@ -127,19 +135,16 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
 
 
 def _sentence_piece(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
-    scores = file.get("tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
-        raise CheckpointError(
-            f"{file.path}: field 'tokenizer.ggml.scores' must have one entry for each of the "
-            f"{len(tokens)} tokens."
-        )
-    unknown = file.get("tokenizer.ggml.unknown_token_id")
+    scores = file.numbers("tokenizer.ggml.scores", len(tokens))
+    if scores is None:
+        raise CheckpointError(f"{file.path}: field 'tokenizer.ggml.scores' is missing.")
+    unknown = _special(file, tokens, "unknown")
     model: Any = BPE
     tokenizer = Tokenizer(
         model(
             vocab={text: id for id, text in enumerate(tokens)},
             merges=_merges_from_scores(tokens, scores.tolist(), types),
-            unk_token=None if unknown is None else tokens[unknown],
+            unk_token=None if unknown is None else unknown[0],
             fuse_unk=True,
             byte_fallback=True,
         )
@@ -194,10 +199,10 @@ def _add_template(
     """BOS before and EOS after the text, where the file wants them."""
     parts, special = ["$A"], []
     for key, default in (("bos", default_bos), ("eos", False)):
-        id = file.get(f"tokenizer.ggml.{key}_token_id")
-        if id is not None and file.get(f"tokenizer.ggml.add_{key}_token", default):
-            parts = [tokens[id], *parts] if key == "bos" else [*parts, tokens[id]]
-            special.append((tokens[id], id))
+        entry = _special(file, tokens, key)
+        if entry is not None and file.get(f"tokenizer.ggml.add_{key}_token", default):
+            parts = [entry[0], *parts] if key == "bos" else [*parts, entry[0]]
+            special.append(entry)
     if special:
         template: Any = TemplateProcessing
         tokenizer.post_processor = template(single=parts, special_tokens=special)
