@@ -7,7 +7,7 @@ from time import perf_counter
 
 from ..platforms.interface import Executor, ExecutorInfo
 from .config import EngineConfig
-from .errors import EngineDied
+from .errors import CacheCorrupted, EngineDied
 from .messages import AddRequest, EngineStats, ErrorBody, Output
 from .scheduler.scheduler import Scheduler
 from .telemetry.load import LoadCounters
@@ -44,8 +44,12 @@ class Engine:
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests at once; the next `step` delivers their last message."""
-        if self._dead is None:
+        if self._dead is not None:
+            return
+        try:
             self._outputs += self._scheduler.abort(request_ids)
+        except CacheCorrupted as error:
+            self._outputs += self._die(error)
 
     @property
     def has_work(self) -> bool:
@@ -59,13 +63,16 @@ class Engine:
     def step(self) -> list[Output]:
         """Advance by one step and return what it brought. Never waits without work. Raises
         EngineDied after a failure has been delivered."""
+        outputs, self._outputs = self._outputs, []
+        if self._dead is not None and outputs:
+            return outputs
         self._require_life()
         began = perf_counter()
-        outputs, self._outputs = self._outputs, []
         try:
             self._submit()
             if self._scheduler.in_flight:
-                outputs += self._scheduler.apply(self._executor.collect())
+                for output in self._scheduler.apply(self._executor.collect()):
+                    outputs.append(output)  # one by one: kept even if a later row fails
         except Exception as error:
             outputs += self._die(error)
         self._counters.step_seconds += perf_counter() - began

@@ -124,7 +124,10 @@ class KVCache:
                 return False
             while pool.free < count:
                 if not self.tree.evict(g):
-                    return False
+                    raise CacheCorrupted(
+                        f"Cache group {pool.group.name!r}: {pool.evictable} pages count as "
+                        f"evictable and none can be given up. This is a bug; report it."
+                    )
         start, end = sequence.pages, sequence.pages + count
         for table, pool in zip(self.tables, self.pools, strict=True):
             table[sequence.handle, start:end] = pool.take(count)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from ...platforms.interface_step import PromptLogprobs, StepBatch, StepResult
 from ..errors import EngineDied
-from ..messages import Output, TokenLogprobs
+from ..messages import ErrorBody, Output, TokenLogprobs
 from .batch import Part
 from .row import Row
+
+NO_TOKEN = -1
 
 
 class StepReader:
@@ -24,8 +26,11 @@ class StepReader:
         self._vocab_size = vocab_size
         self._result = result
 
-    def token(self, index: int) -> int:
+    def token(self, index: int) -> int | None:
+        """What the row sampled; None when the executor found no token that it may sample."""
         token = self._tokens[index]
+        if token == NO_TOKEN:
+            return None
         if not 0 <= token < self._vocab_size:
             raise EngineDied(
                 f"The executor sampled token {token} in step {self._result.step}; ids are in "
@@ -84,3 +89,13 @@ def message(
         stop_token_id=stop_token,
         cached_tokens=cached,
     )
+
+
+def no_token(row: Row) -> Output:
+    """The end of a row for which the executor could sample nothing."""
+    body = ErrorBody(
+        "No token could be sampled: every token is banned, or the model's output is not a number. "
+        "Check logit_bias and min_tokens; without them, the checkpoint or its dtype.",
+        code="no_token",
+    )
+    return Output(request_id=row.request_id, finish_reason="error", error=body)

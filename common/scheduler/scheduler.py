@@ -22,11 +22,11 @@ from ..cache.kv_cache import KVCache
 from ..cache.prefix_tree import Node
 from ..config import EngineConfig
 from ..errors import CacheCorrupted, QueueFull, RequestError
-from ..messages import AddRequest, Output
+from ..messages import AddRequest, Output, TokenLogprobs
 from ..telemetry.load import LoadCounters
 from .admission import check_lengths, check_params, check_prompt
 from .batch import BatchBuilder, Part, held
-from .delivery import StepReader, extend_prompt_logprobs, message
+from .delivery import StepReader, extend_prompt_logprobs, message, no_token
 from .row import Row
 from .waiting import WaitingQueue
 
@@ -103,11 +103,11 @@ class Scheduler:
 
     def _end(self, row: Row, reason: str) -> None:
         row.done = True
-        del self._open[row.request_id]
         if row.sequence is None:
             self._waiting.forget()
         else:
             self._leave(row)
+        del self._open[row.request_id]
         self._counters.finish(reason)
 
     def _leave(self, row: Row) -> None:
@@ -267,36 +267,37 @@ class Scheduler:
 
     # ---- results
 
-    def apply(self, result: StepResult) -> list[Output]:
-        """Take in the result of the oldest step in flight; returns the messages it brings. Raises
-        EngineDied when the result does not fit the step."""
+    def apply(self, result: StepResult) -> Iterator[Output]:
+        """Take in the result of the oldest step in flight and give its messages, one by one, so
+        that none is lost should a later row fail. Raises EngineDied when it does not fit."""
         batch, parts = self._steps.popleft()
         reader = StepReader(batch, result, self._info.vocab_size)
         self._counters.steps += 1
         self._counters.device_seconds += result.device_seconds
         for scores in result.prompt_logprobs:
             extend_prompt_logprobs(parts[scores.row], scores)
-        outputs = []
         for index, part in enumerate(parts):
             if part.samples:
                 part.row.in_flight -= 1
                 if not part.row.done:
-                    outputs.append(self._advance(part.row, index, reader))
-        return outputs
+                    yield self._advance(part.row, index, reader)
 
     def _advance(self, row: Row, index: int, reader: StepReader) -> Output:
         token = reader.token(index)
+        logprobs: list[TokenLogprobs] | None = None if row.params.logprobs is None else []
+        if token is None:
+            self._end(row, "error")
+            return no_token(row)
         if token in row.stops:
-            output = message(row, [], None if row.params.logprobs is None else [], "stop", token)
+            output = message(row, [], logprobs, "stop", token)
             self._end(row, "stop")
             return output
-        logprobs = None
-        if row.params.logprobs is not None:
-            logprobs = [reader.logprobs(index, token, row.params.logprobs)]
+        if logprobs is not None:
+            logprobs.append(reader.logprobs(index, token, row.params.logprobs or 0))
+        reason = "length" if row.known + 1 >= row.limit else None
+        output = message(row, [token], logprobs, reason, None)
         row.append(token)
         self._counters.output_tokens += 1
-        reason = "length" if row.known >= row.limit else None
-        output = message(row, [token], logprobs, reason, None)
         if reason is not None:
             self._end(row, reason)
         return output

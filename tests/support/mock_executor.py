@@ -1,22 +1,21 @@
 """An executor in numpy whose "model" is a hash, so that any wrong page changes the tokens.
 
 It has two layers. Each stores one 64-bit value per token in the pages of every cache group, exactly
-where a device would, and "attends" by adding up the values that it reads back through the row's page
-table (of a window group only the window). Layer 2 stores what layer 1 read, so a page that was wrong
-for one moment leaves its mark. `alone` computes the same without pages: the oracle.
+where a device would, and "attends" by adding up the values that it reads back through the row's
+page table (of a window group only the window). Layer 2 stores what layer 1 read, so a page that was
+wrong for one moment leaves its mark. `mock_model.alone` is the oracle.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from support.mock_model import U64, attend, embed, log_softmax, logits_of, row_sampling
 
-from sixfold.common.sampling import SamplingParams
 from sixfold.platforms.interface import DeviceFacts, ExecutorInfo, Status, Support
 from sixfold.platforms.interface_kv import KVGroup, KVKind
 from sixfold.platforms.interface_step import (
@@ -28,7 +27,6 @@ from sixfold.platforms.interface_step import (
     Want,
 )
 
-U64 = np.uint64
 FULL, WINDOW = KVKind.FULL, KVKind.WINDOW
 
 
@@ -60,187 +58,6 @@ def mock_info(groups: Sequence[KVGroup], **changes: Any) -> ExecutorInfo:
         "decisions": (),
     }
     return ExecutorInfo(**{**values, **changes})
-
-
-# ---- the model
-
-
-def mix(x: Any) -> Any:
-    """splitmix64's finaliser (Steele, Lea, Flood 2014), on uint64 arrays."""
-    x = np.asarray(x, U64)
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
-    return x ^ (x >> U64(31))
-
-
-def embed(tokens: Any, positions: Any) -> Any:
-    with np.errstate(over="ignore"):
-        return mix(np.asarray(tokens, U64) * U64(0x9E3779B97F4A7C15) + np.asarray(positions, U64))
-
-
-def attend(values: Any, queries: Any, groups: Sequence[KVGroup]) -> Any:
-    """values[g] (L,) of the context, queries (n,) positions -> (n,) what they see, all groups."""
-    seen = np.zeros(len(queries), U64)
-    with np.errstate(over="ignore"):
-        for g, spec in enumerate(groups):
-            sums = np.concatenate([np.zeros(1, U64), np.cumsum(values[g], dtype=U64)])
-            low = np.maximum(0, queries - spec.window + 1) if spec.window else 0 * queries
-            seen += mix(sums[queries + 1] - sums[low] + U64(g))
-    return mix(seen)
-
-
-def logits_of(hidden: Any, vocab: int) -> Any:
-    """(n,) -> (n, vocab) float32 in [0, 6)."""
-    with np.errstate(over="ignore"):
-        bits = mix(np.asarray(hidden, U64)[:, None] + np.arange(1, vocab + 1, dtype=U64))
-    return ((bits >> U64(40)).astype(np.float64) * (6 / 2**24)).astype(np.float32)
-
-
-def log_softmax(logits: Any) -> Any:
-    top = logits.max(-1, keepdims=True)
-    return (logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class RowSampling:
-    """One row's line of SamplingArrays."""
-
-    temperature: Any
-    top_k: int
-    top_p: Any
-    min_p: Any
-    repetition: Any
-    presence: Any
-    frequency: Any
-    bias_ids: Any
-    bias_values: Any
-    prompt: Any
-    output: Any
-    uniform: float
-
-    def choose(self, logits: Any) -> int:
-        scores = logits.astype(np.float64)
-        np.add.at(scores, self.bias_ids, self.bias_values.astype(np.float64))
-        counts = np.bincount(self.output, minlength=len(scores))
-        seen = (counts > 0) | (np.bincount(self.prompt, minlength=len(scores)) > 0)
-        factor = np.where(scores > 0, 1 / self.repetition, self.repetition)
-        scores = np.where(seen, scores * factor, scores)
-        scores = scores - self.presence * (counts > 0) - self.frequency * counts
-        if self.temperature == 0:
-            return int(np.argmax(scores))
-        p = np.exp((scores - scores.max()) / self.temperature)
-        order = np.argsort(-p, kind="stable")
-        keep = np.zeros(len(p), bool)
-        keep[order[: self.top_k or len(p)]] = True
-        p = np.where(keep, p, 0) / p[keep].sum()
-        before = np.cumsum(p[order]) - p[order]
-        keep[order[before >= self.top_p]] = False
-        keep &= p >= self.min_p * p.max()
-        p = np.where(keep, p, 0)
-        return int(np.searchsorted(np.cumsum(p), self.uniform * p.sum(), side="right"))
-
-
-def row_sampling(s: SamplingArrays, row: int, pending: int | None) -> RowSampling:
-    def part(start: Any, values: Any) -> Any:
-        return values[start[row] : start[row + 1]]
-
-    output = part(s.output_start, s.output_ids)
-    penalised = (s.repetition_penalty[row], s.presence_penalty[row], s.frequency_penalty[row]) != (
-        1,
-        0,
-        0,
-    )
-    if pending is not None and penalised:
-        output = np.append(output, pending)
-    return RowSampling(
-        np.float64(s.temperature[row]),
-        int(s.top_k[row]),
-        np.float64(s.top_p[row]),
-        np.float64(s.min_p[row]),
-        np.float64(s.repetition_penalty[row]),
-        np.float64(s.presence_penalty[row]),
-        np.float64(s.frequency_penalty[row]),
-        part(s.bias_start, s.bias_ids),
-        part(s.bias_start, s.bias_values),
-        part(s.prompt_start, s.prompt_ids),
-        output.astype(np.int64),
-        float(s.uniform[row]),
-    )
-
-
-# ---- the oracle
-
-
-@dataclass(frozen=True)
-class Alone:
-    """What one request gives without cache, batch or steps."""
-
-    tokens: list[int]
-    finish_reason: str
-    stop_token: int | None
-    logprobs: list[float]
-    prompt_logprobs: list[float]
-
-
-def alone(
-    prompt: list[int],
-    params: SamplingParams,
-    info: ExecutorInfo,
-    eos: Iterable[int] = (),
-    draw: Any = None,
-) -> Alone:
-    """draw(seed, position) -> float: the generator under test has its own tests."""
-    groups, vocab = info.groups, info.vocab_size
-    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
-    capacity = min([g.pages - 1 for g in groups if not g.window], default=10**9) * info.page_size
-    limit = len(prompt) + params.max_tokens if params.max_tokens else info.max_context
-    limit = min(limit, capacity + 1)
-    tokens, scores = list(prompt), []
-    hidden = _hidden(tokens, 0, [], groups)
-    prompt_scores = log_softmax(logits_of(_last_layer(hidden, groups, all_of_them=True), vocab))
-    known = [float(prompt_scores[i, t]) for i, t in enumerate(prompt[1:])]
-    while True:
-        logits = logits_of(_last_layer(hidden, groups), vocab)[0]
-        made = tokens[len(prompt) :]
-        bias = dict(params.logit_bias)
-        if len(made) < params.min_tokens:
-            bias.update(dict.fromkeys(stops, -np.inf))
-        choice = RowSampling(
-            np.float64(np.float32(params.temperature)),
-            params.top_k,
-            np.float64(np.float32(params.top_p)),
-            np.float64(np.float32(params.min_p)),
-            np.float64(np.float32(params.repetition_penalty)),
-            np.float64(np.float32(params.presence_penalty)),
-            np.float64(np.float32(params.frequency_penalty)),
-            np.array(list(bias), np.int64),
-            np.array(list(bias.values()), np.float32),
-            np.array(prompt, np.int64),
-            np.array(made, np.int64),
-            draw(params.seed, len(tokens)) if draw and params.temperature else 0.0,
-        ).choose(logits)
-        if choice in stops:
-            return Alone(made, "stop", choice, scores, known)
-        scores.append(float(log_softmax(logits[None])[0, choice]))
-        tokens.append(choice)
-        if len(tokens) >= limit:
-            return Alone(tokens[len(prompt) :], "length", None, scores, known)
-        hidden = _hidden(tokens, len(tokens) - 1, hidden, groups)
-
-
-def _hidden(tokens: list[int], start: int, before: Any, groups: Sequence[KVGroup]) -> Any:
-    first = embed(tokens, np.arange(len(tokens)))
-    new = attend([first] * len(groups), np.arange(start, len(tokens)), groups)
-    return np.concatenate([np.asarray(before, U64), new])
-
-
-def _last_layer(hidden: Any, groups: Sequence[KVGroup], all_of_them: bool = False) -> Any:
-    queries = np.arange(len(hidden)) if all_of_them else np.array([len(hidden) - 1])
-    return attend([hidden] * len(groups), queries, groups)
-
-
-# ---- the executor
 
 
 class MockExecutor:
