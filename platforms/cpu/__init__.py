@@ -71,7 +71,8 @@ class CPUPlatform:
         from .device import CpuDevice
         from .kernels import register
 
-        return TorchExecutor(spec, CpuDevice(facts, spec.threads), register)
+        device = CpuDevice(facts, spec.threads)
+        return TorchExecutor(spec, device, lambda registry: register(registry, facts))
 
 
 PLATFORM = CPUPlatform()

@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..interface import Decision, DeviceFacts
+from ..interface import Decision, DeviceFacts, Status, Support
 from ..torch_runtime.device import TorchDevice
 
 CACHE_SHARE = 4
@@ -24,6 +24,8 @@ class HostEvent:
 
 class CpuDevice(TorchDevice):
     """`threads` None means one per physical core that this process may use."""
+
+    feature_support = Support(Status.YES, "tested on CPU")
 
     def __init__(self, facts: DeviceFacts, threads: int | None = None) -> None:
         super().__init__(facts, "cpu")
@@ -43,11 +45,11 @@ class CpuDevice(TorchDevice):
         return (Decision("threads", str(self.threads), because),)
 
     def default_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:
-        if "bfloat16" not in self.facts.dtypes:
+        if "amx_bf16" not in self.facts.features:
             return "float32", "this CPU has no 16-bit matrix units; float32 is its fast dtype"
         if checkpoint_dtype in ("float32", "float16"):
             return "float32", f"the checkpoint is {checkpoint_dtype}; bfloat16 would round it"
-        return "bfloat16", "this CPU has bfloat16 matrix units"
+        return "bfloat16", "this CPU has bfloat16 matrix units (AMX)"
 
     def memory(self) -> tuple[int, int]:
         memory = psutil.virtual_memory()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..interface import Decision, DeviceFacts, Event
+from ..interface import Decision, DeviceFacts, Event, Status, Support
 
 
 class TorchEvent:
@@ -24,7 +24,12 @@ class TorchEvent:
 
 
 class TorchDevice:
-    """One torch device. Nothing is initialised before `attach`."""
+    """One torch device. Nothing is initialised before `attach`.
+
+    `feature_support` is how far the sampler's features were seen to work on this kind of device.
+    """
+
+    feature_support = Support(Status.UNVERIFIED, "torch code, not yet run on this kind of device")
 
     def __init__(self, facts: DeviceFacts, torch_device: str) -> None:
         self._facts = facts

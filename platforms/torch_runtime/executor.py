@@ -190,6 +190,6 @@ class TorchExecutor:
             weight_bytes=weight_bytes,
             cache_bytes=plan.bytes,
             device=self._device.facts,
-            features={name: Support(Status.YES, "the generic sampler") for name in FEATURES},
+            features=dict.fromkeys(FEATURES, self._device.feature_support),
             decisions=tuple(log),
         )

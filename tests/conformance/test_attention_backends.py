@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +16,13 @@ from support.kernel_checks import round_case
 from sixfold.common.ops import OPS
 from sixfold.common.ops.attention import flat_slots
 from sixfold.platforms.interface_attention import AttentionBackend
+from sixfold.platforms.interface_kv import KVGroup
+from sixfold.platforms.interface_step import StepBatch
+from sixfold.platforms.torch_runtime.attention_plan import (
+    AttentionPlan,
+    DecodeBlock,
+    plan_attention,
+)
 
 OP = OPS["attention"]
 CASES = list(OP.cases(np.random.default_rng(7)))
@@ -82,3 +93,41 @@ def test_query_blocks_agree_with_one_block(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("sixfold.platforms.torch_runtime.attention_plan.QUERY_BLOCK", 4)
     many, _ = run_case(cpu_backends()[0], case, "float32")
     np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6)
+
+
+def _plan_with(**changes: Any) -> Callable[..., AttentionPlan]:
+    def plan(batch: StepBatch, group: KVGroup, block_tokens: int) -> AttentionPlan:
+        made = plan_attention(batch, group, block_tokens)
+        return replace(made, **{name: change(made, group) for name, change in changes.items()})
+
+    return plan
+
+
+def _later_last(plan: AttentionPlan, group: KVGroup) -> tuple[DecodeBlock, ...]:
+    return tuple(replace(block, first=0, seen=None) for block in plan.decodes)
+
+
+FAULTS = {
+    "slots_one_late": ("mixed", {"slots": lambda plan, _: (plan.slots + 1) % 32}),
+    "fresh_pages_not_cleared": (
+        "decode_page_boundary",
+        {"fresh": lambda plan, _: plan.fresh[:0]},
+    ),
+    "decode_sees_padding": ("decode_unlike_lengths", {"decodes": _later_last}),
+    "decode_ignores_window": ("window_below_page", {"decodes": _later_last}),
+    "prefill_window_one_wider": (
+        "window_chunk",
+        {"prefills": lambda plan, _: tuple(replace(r, window=r.window + 1) for r in plan.prefills)},
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_plan_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, changes = FAULTS[fault]
+    where = "sixfold.platforms.torch_runtime.attention.plan_attention"
+    monkeypatch.setattr(where, _plan_with(**changes))
+    case = next(c for c in CASES if c.name == name)
+    got, _ = run_case(cpu_backends()[0], case, "float32")
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(got, OP.reference(**case.args), rtol=1e-5, atol=1e-5)

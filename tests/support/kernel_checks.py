@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from sixfold.common.ops import OPS
 from sixfold.common.ops.registry import KernelRegistry
 from sixfold.platforms.cpu.device import CpuDevice
 from sixfold.platforms.cpu.kernels import register
@@ -45,10 +44,11 @@ def cpu_facts(**changes: Any) -> DeviceFacts:
     return DeviceFacts(**{**known, **changes})
 
 
-def cpu_registry() -> KernelRegistry:
+def cpu_registry(**changes: Any) -> KernelRegistry:
+    facts = cpu_facts(**changes)
     registry = KernelRegistry()
-    register_generic(registry, CpuDevice(cpu_facts(), threads=1))
-    register(registry)
+    register_generic(registry, CpuDevice(facts, threads=1))
+    register(registry, facts)
     return registry
 
 
@@ -143,8 +143,3 @@ def to_torch(value: np.ndarray, dtype: torch.dtype | None) -> torch.Tensor:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
-
-
-def ops_without_table_entry() -> Mapping[str, Op]:
-    """Ops that are tested as attention backends."""
-    return {"attention": OPS["attention"]}

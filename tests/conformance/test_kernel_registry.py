@@ -1,0 +1,112 @@
+"""Guards the kernel choice: best that qualifies, an explicit choice honoured or refused with every
+reason, strict mode, and the recorded decisions."""
+
+from __future__ import annotations
+
+import pytest
+from support.attention_checks import cpu_backends
+from support.kernel_checks import cpu_facts, cpu_registry
+
+from sixfold.common.errors import KernelError
+from sixfold.common.ops.registry import KernelRegistry
+from sixfold.platforms.interface_attention import AttentionSpec
+from sixfold.platforms.interface_kernels import Kernel, Problem
+
+PROBLEMS = [Problem("linear", "float32", {"in": 64}), Problem("linear", "float32", {"in": 512})]
+SPEC = AttentionSpec(4, 2, 64, 0.125)
+
+
+def kernel(provider: str, priority: int, refusal: str | None = None, below: int = 0) -> Kernel:
+    def requires(facts: object, problem: Problem) -> str | None:
+        if problem.dims.get("in", 0) < below:
+            return f"needs at least {below} inputs"
+        return refusal
+
+    return Kernel("linear", provider, requires, lambda: provider, priority)
+
+
+def registry(*kernels: Kernel) -> KernelRegistry:
+    result = KernelRegistry()
+    for entry in kernels:
+        result.add(entry)
+    return result
+
+
+def test_the_best_that_qualifies_is_bound_and_the_rest_explained() -> None:
+    entries = registry(kernel("generic", 0), kernel("fast", 10), kernel("fastest", 20, "no units"))
+    table = entries.resolve(PROBLEMS, cpu_facts(), {})
+    (decision,) = table.decisions
+    assert table.linear() == "fast"
+    assert decision.chosen == "fast"
+    assert decision.fallback
+    assert decision.rejected == (("fastest", "no units"), ("generic", "lower priority than fast"))
+
+
+def test_a_kernel_must_qualify_for_every_call_site() -> None:
+    entries = registry(kernel("generic", 0), kernel("wide", 10, below=128))
+    table = entries.resolve(PROBLEMS, cpu_facts(), {})
+    assert table.linear() == "generic"
+    assert table.decisions[0].rejected == (("wide", "needs at least 128 inputs"),)
+
+
+def test_an_only_provider_is_no_fallback() -> None:
+    table = registry(kernel("generic", 0)).resolve(PROBLEMS, cpu_facts(), {}, strict=True)
+    assert not table.decisions[0].fallback
+
+
+def test_strict_refuses_a_fallback_with_the_reason() -> None:
+    entries = registry(kernel("generic", 0), kernel("fast", 10, "no units"))
+    with pytest.raises(KernelError, match=r"fast: no units.*--kernel linear=generic"):
+        entries.resolve(PROBLEMS, cpu_facts(), {}, strict=True)
+
+
+def test_an_explicit_choice_is_honoured_also_under_strict() -> None:
+    entries = registry(kernel("generic", 0), kernel("fast", 10))
+    table = entries.resolve(PROBLEMS, cpu_facts(), {"linear": "generic"}, strict=True)
+    assert table.linear() == "generic"
+    assert table.decisions[0].because == "named by the user"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"linear": "fast"}, "no units"),
+        ({"linear": "missing"}, "there are: fast, generic"),
+        ({"moe": "generic"}, "No op named 'moe' is called"),
+    ],
+)
+def test_an_impossible_choice_is_refused(chosen: dict[str, str], message: str) -> None:
+    entries = registry(kernel("generic", 0), kernel("fast", 10, "no units"))
+    with pytest.raises(KernelError, match=message):
+        entries.resolve(PROBLEMS, cpu_facts(), chosen)
+
+
+def test_an_op_without_any_kernel_is_an_error() -> None:
+    with pytest.raises(KernelError, match="nothing registered"):
+        registry().resolve(PROBLEMS, cpu_facts(), {})
+
+
+def test_two_kernels_of_one_name_are_an_error() -> None:
+    with pytest.raises(KernelError, match="Two kernels"):
+        registry(kernel("generic", 0), kernel("generic", 1))
+
+
+def test_an_attention_backend_is_chosen_the_same_way() -> None:
+    entries = KernelRegistry()
+    entries.add_attention(cpu_backends()[0])
+    backend, decision = entries.resolve_attention([SPEC], cpu_facts(), None)
+    assert backend.name == decision.chosen == "sdpa"
+    with pytest.raises(KernelError, match="there are: sdpa"):
+        entries.resolve_attention([SPEC], cpu_facts(), "paged")
+    sinks = AttentionSpec(4, 2, 64, 0.125, sinks=True)
+    with pytest.raises(KernelError, match="sinks"):
+        entries.resolve_attention([SPEC, sinks], cpu_facts(), None)
+
+
+def test_the_cpu_prefers_onednn_where_it_was_measured() -> None:
+    table = cpu_registry().resolve(PROBLEMS, cpu_facts(), {}, strict=True)
+    assert table.decisions[0].chosen == "onednn"
+    facts = {"features": frozenset({"avx2"})}
+    table = cpu_registry(**facts).resolve(PROBLEMS, cpu_facts(**facts), {}, strict=True)
+    assert table.decisions[0].chosen == "generic"
+    assert table.decisions[0].rejected == (("onednn", "lower priority than generic"),)

@@ -1,0 +1,120 @@
+"""Guards law 8: every kernel that the cpu platform registers has a contract and passes all of its
+cases, in every dtype it accepts; every op has cases; and a fault in a kernel is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.kernel_checks import check, cpu_registry, runs_here
+
+from sixfold.common.ops import OPS
+from sixfold.platforms.interface_kernels import Kernel
+from sixfold.platforms.torch_runtime import kernels as generic
+from sixfold.platforms.torch_runtime.dtypes import DTYPES
+
+KERNELS = cpu_registry().kernels()
+BY_BACKEND = {"attention"}  # not a kernel table entry: see test_attention_backends.py
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k.op}-{k.provider}")
+def test_kernel_equals_its_reference(kernel: Kernel) -> None:
+    assert kernel.op in OPS, f"kernel {kernel.op!r} ({kernel.provider}) has no contract"
+    ran = 0
+    for dtype in DTYPES:
+        if runs_here(kernel, dtype) is None:
+            ran += check(OPS[kernel.op], kernel.fn, dtype)
+    assert ran > 0, "no case ran"
+
+
+def test_every_op_has_cases_and_a_kernel() -> None:
+    served = {kernel.op for kernel in KERNELS}
+    for name, op in OPS.items():
+        assert list(op.cases(np.random.default_rng(0))), f"op {name!r} has no case"
+        assert name in served | BY_BACKEND, f"op {name!r} has no kernel"
+        assert set(op.tolerance) == set(DTYPES), f"op {name!r} lacks a tolerance"
+
+
+def test_fused_ops_name_existing_parts() -> None:
+    fused = {name: op.parts for name, op in OPS.items() if op.parts}
+    assert fused, "no fused op"
+    for name, parts in fused.items():
+        assert set(parts) <= OPS.keys() - {name}
+
+
+def _shifted_embedding(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return generic.embedding((ids + 1) % len(table), table)
+
+
+def _norm_over_one_less(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    scale = torch.rsqrt(x.float().pow(2).sum(-1, keepdim=True) / (x.shape[-1] - 1) + eps)
+    return (x.float() * scale * weight).to(x.dtype)
+
+
+def _rope_of_the_wrong_pair(q, k, cos, sin) -> Any:
+    return generic.rope(q, k, cos.roll(1, -1), sin.roll(1, -1))
+
+
+def _moe_with_one_expert_less(*, top_k: int, **rest: Any) -> torch.Tensor:
+    return generic.moe(**rest, top_k=max(1, top_k - 1))
+
+
+def _write_one_slot_late(keys, values, slots, k, v) -> Any:
+    return generic.kv_write(keys, values, (slots + 1) % len(keys), k, v)
+
+
+def _copy_in_sequence(pool, sources, targets) -> torch.Tensor:
+    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+        pool[:, target] = pool[:, source]
+    return pool
+
+
+def _draw_one_late(logits, sampling, grammar_mask=None, pending=None) -> torch.Tensor:
+    tokens = generic.sample(logits, sampling, grammar_mask, pending)
+    return torch.where(tokens >= 0, (tokens + 1) % logits.shape[1], tokens)
+
+
+def _gate_and_up_swapped(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return generic.silu_mul(up, gate)
+
+
+def _clobbers_its_input(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(gate, inplace=True).mul(up)
+
+
+FAULTS: list[tuple[str, Callable[..., Any]]] = [
+    ("embedding", _shifted_embedding),
+    ("rms_norm", _norm_over_one_less),
+    ("rope", _rope_of_the_wrong_pair),
+    ("moe", _moe_with_one_expert_less),
+    ("kv_write", _write_one_slot_late),
+    ("page_copy", _copy_in_sequence),
+    ("sample", _draw_one_late),
+    ("silu_mul", _gate_and_up_swapped),
+    ("silu_mul", _clobbers_its_input),
+]
+
+
+@pytest.mark.parametrize(("op", "fault"), FAULTS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_faulty_kernel_is_caught(op: str, fault: Callable[..., Any]) -> None:
+    with pytest.raises(AssertionError):
+        check(OPS[op], fault, "float32")
+
+
+def test_a_write_outside_the_storage_is_caught() -> None:
+    def overruns(keys, values, slots, k, v):
+        result = generic.kv_write(keys, values, slots, k, v)
+        storage = torch.as_strided(keys, (1,), (1,), keys.storage_offset() + keys.numel())
+        storage.fill_(0.0)
+        return result
+
+    with pytest.raises(AssertionError, match="outside"):
+        check(OPS["kv_write"], overruns, "float32")

@@ -1,0 +1,103 @@
+"""Guards the generic `sample` kernel against the numpy reference over many random parameter sets,
+and that a row's token depends on nothing but the row."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from sixfold.common.ops.sample import sample as reference
+from sixfold.common.ops.sample import unpack_mask as unpack_reference
+from sixfold.common.ops.sample_cases import pack_mask, random_row, sampling_arrays
+from sixfold.platforms.torch_runtime.sampler import sample, unpack_mask
+from sixfold.platforms.torch_runtime.sampling_rows import select_rows
+
+KERNELS = {
+    "generic": sample,
+    "shortlist": partial(sample, shortlist=64),
+    "float32_sums": partial(sample, wide=torch.float32),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def draw(kernel: str, logits: np.ndarray, rows: list, **extra: np.ndarray) -> np.ndarray:
+    given = {name: torch.from_numpy(value) for name, value in extra.items()}
+    return KERNELS[kernel](torch.from_numpy(logits), sampling_arrays(rows), **given).numpy()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("vocab", [7, 100, 1003, 8191])
+def test_random_parameters_give_the_reference_token(kernel: str, vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    count = 1200 if vocab <= 100 else 240
+    rows = [random_row(rng, vocab) for _ in range(count)]
+    logits = (rng.standard_normal((count, vocab)) * rng.uniform(0.1, 6, (count, 1))).astype(
+        np.float32
+    )
+    pending = np.where(rng.random(count) < 0.5, rng.integers(0, vocab, count), -1)
+    allowed = rng.random((count, vocab)) < 0.7
+    allowed[:, 0] = True
+    mask = pack_mask(allowed)
+    want = reference(logits, sampling_arrays(rows), mask, pending)
+    got = draw(kernel, logits, rows, grammar_mask=mask.view(np.int32), pending=pending)
+    different = np.flatnonzero(got != want)
+    # A draw within rounding of a boundary may fall to either side of it; more would be a fault.
+    limit = 2 if kernel == "float32_sums" else 1
+    assert len(different) <= limit, [(i, got[i], want[i], rows[i]) for i in different[:3]]
+
+
+def test_same_draw_gives_the_same_token_whatever_else_is_in_the_batch() -> None:
+    rng = np.random.default_rng(3)
+    vocab = 503
+    subject = {"temperature": 0.8, "top_p": 0.9, "uniform": 0.37, "output": [1, 2, 3]}
+    subject["frequency_penalty"] = 0.5
+    logits = rng.standard_normal((1, vocab)).astype(np.float32) * 3
+    alone = draw("shortlist", logits, [subject])[0]
+    for _ in range(30):
+        others = [random_row(rng, vocab) for _ in range(int(rng.integers(1, 9)))]
+        place = int(rng.integers(0, len(others) + 1))
+        rows = [*others[:place], subject, *others[place:]]
+        around = rng.standard_normal((len(rows), vocab)).astype(np.float32)
+        around[place] = logits[0]
+        assert draw("shortlist", around, rows)[place] == alone
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = np.log(np.array([[0.1, 0.2, 0.3, 0.4]], np.float32)).repeat(1000, axis=0)
+    grid = [{"uniform": (i + 0.5) / 1000} for i in range(1000)]
+    assert np.bincount(draw("generic", logits, grid)).tolist() == [100, 200, 300, 400]
+
+
+def test_logits_are_left_as_they_were() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((4, 50)).astype(np.float32)
+    logits[0, 3] = np.nan
+    before = logits.copy()
+    draw("generic", logits, [random_row(rng, 50) for _ in range(4)])
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_mask_words_unpack_as_in_the_reference() -> None:
+    allowed = np.random.default_rng(0).random((3, 77)) < 0.5
+    words = pack_mask(allowed)
+    np.testing.assert_array_equal(
+        unpack_mask(torch.from_numpy(words.view(np.int32)), 77).numpy(), allowed
+    )
+    np.testing.assert_array_equal(unpack_reference(words[1], 77), allowed[1])
+
+
+def test_selected_rows_carry_their_ragged_parts() -> None:
+    rng = np.random.default_rng(1)
+    rows = [random_row(rng, 40) for _ in range(9)]
+    chosen = np.array([0, 3, 4, 8])
+    got = select_rows(sampling_arrays(rows), chosen)
+    want = sampling_arrays([rows[i] for i in chosen])
+    for name in want.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
