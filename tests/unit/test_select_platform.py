@@ -274,6 +274,13 @@ def test_an_out_of_tree_platform_is_one_among_others(
         select.choose(installed("nvidia_h100", rival=Rival))
 
 
+def test_an_out_of_tree_platform_is_never_an_extra_to_install(
+    installed: Callable[..., dict[str, Probe]],
+) -> None:
+    assert installed("xeon_amx", rival=Rival)["rival"].usable
+    assert select.install_extra(load("xeon_amx"))[0] == "cpu"
+
+
 @pytest.mark.parametrize(
     ("loaded", "reason"),
     [
