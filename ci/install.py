@@ -11,10 +11,16 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("demo", "test", "dev")
+# On Linux PyTorch's default wheel carries CUDA (gigabytes); these builds have indexes of their own.
+TORCH_INDEXES = {
+    "cpu": "https://download.pytorch.org/whl/cpu",
+    "xpu": "https://download.pytorch.org/whl/xpu",
+}
 LOOK = """
 from sixfold.platforms.machine import observe
 from sixfold.platforms.select import install_extra
@@ -22,11 +28,26 @@ print(*install_extra(observe()), sep="\\t")
 """
 
 
-def pip_install(extras: list[str]) -> None:
+def torch_index(extra: str) -> list[str]:
+    """pip's arguments for the build of torch that the extra wants; none where pip's own indexes
+    have it, or where PyTorch's cannot be reached."""
+    url = TORCH_INDEXES.get(extra)
+    if url is None or sys.platform != "linux":
+        return []
+    try:
+        urllib.request.urlopen(f"{url}/torch/", timeout=5).close()
+    except OSError as error:
+        print(f"sixfold: {url} cannot be reached ({error}); taking torch from pip's own indexes.")
+        return []
+    return ["--extra-index-url", url]
+
+
+def pip_install(extras: list[str], index: list[str]) -> None:
     target = str(ROOT) + (f"[{','.join(extras)}]" if extras else "")
     constraints = ["--constraint", str(ROOT / "ci" / "constraints.txt")]
     quiet = ["--quiet", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "install", *quiet, *constraints, "--editable", target]
+    pip = [sys.executable, "-m", "pip", "install", *quiet, *constraints, *index]
+    command = [*pip, "--editable", target]
     if subprocess.run(command, check=False).returncode:
         sys.exit(f"sixfold: could not install {target}; pip's message is above.")
 
@@ -46,10 +67,10 @@ def main() -> None:
     parser.add_argument("--platform", help="install this platform's extra instead of looking")
     asked = parser.parse_args()
     print("sixfold: installing the core ...", flush=True)
-    pip_install([])
+    pip_install([], [])
     extra, why = (asked.platform, "asked for") if asked.platform else wanted_extra()
     print(f"sixfold: installing [{extra}] ({why}) ...", flush=True)
-    pip_install([extra, *asked.extras])
+    pip_install([extra, *asked.extras], torch_index(extra))
 
 
 if __name__ == "__main__":

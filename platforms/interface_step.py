@@ -52,7 +52,7 @@ class SamplingArrays:
     presence_penalty: F32  # 0 = off; over output
     frequency_penalty: F32  # 0 = off; over output
     uniform: NDArray[np.float64]  # the draw in [0, 1), from (seed, position)
-    # -1 = none, n = the chosen token's and the n best. Of a row that wants PROMPT_LOGPROBS it is the
+    # -1 = none, n = the chosen token and the n best. For a row with PROMPT_LOGPROBS it is the
     # larger of both counts: the scheduler trims either to what was asked.
     logprobs: I32
     bias_start: I32  # (R+1,) offsets into bias_ids / bias_values; -inf bans a token

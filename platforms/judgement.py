@@ -14,7 +14,7 @@ RANK_BY_NAME = 5
 """Usable but below the CPU: served when it is named with --platform, never picked."""
 
 UNVERIFIED = "generic kernels, not yet verified on this device"
-OLDEST_TORCH = (2, 6)
+OLDEST_TORCH = (2, 9)
 TORCH_SELECTOR = "https://pytorch.org/get-started/locally"
 SERVED = frozenset(
     "logprobs prompt_logprobs logit_bias penalties top_k top_p min_p seed grammar".split()
