@@ -71,7 +71,7 @@ class ChatTemplate:
             ) from None
         except TemplateError as error:
             raise self._refusal(f"refuses these messages: {error.message}") from None
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise self._refusal(f"cannot render these messages: {error}") from None
 
     def _compile(self, name: str) -> Callable[..., str]:
