@@ -135,7 +135,7 @@ def test_in_a_container_the_remedy_is_the_containers() -> None:
 def test_old_torch_is_refused() -> None:
     old = replace(load("xeon_vnni"), packages={"torch": "2.1.2+cpu"})
     probe = select.probe_all(old)["cpu"]
-    assert probe.reason == "torch 2.1.2+cpu is older than 2.6"
+    assert probe.reason == "torch 2.1.2+cpu is older than 2.9"
     assert "pip install --upgrade torch" in probe.remedy
 
 
