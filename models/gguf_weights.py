@@ -21,7 +21,7 @@ class GGUFWeights:
     def __init__(self, path: Path) -> None:
         self._rows = Rows(path)
         self.norm_offset = self._rows.norm_offset
-        self._threads = ThreadPoolExecutor(min(_THREADS, torch.get_num_threads()))
+        self._threads = min(_THREADS, torch.get_num_threads())
 
     def names(self) -> Sequence[str]:
         return self._rows.names()
@@ -46,4 +46,6 @@ class GGUFWeights:
             values = self._rows.read_rows(name, start, stop)
             rows[start:stop].copy_(torch.from_numpy(values))
 
-        list(self._threads.map(fill, range(0, len(rows), step)))
+        starts = range(0, len(rows), step)
+        with ThreadPoolExecutor(min(self._threads, len(starts))) as pool:
+            list(pool.map(fill, starts))

@@ -5,6 +5,8 @@ refuses what is broken or unsupported with one sentence that names the file and 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +264,22 @@ def test_gguf_refusals(arch: str, fields: dict[str, Any], words: list[str], tmp_
     assert str(path) in text
     for word in words:
         assert word in text
+
+
+def test_no_framework_is_imported() -> None:
+    """Opening the demo model and its tokenizer must work where there is no torch."""
+    script = """
+import sys
+from sixfold.common.checkpoint.checkpoint import open_checkpoint
+from sixfold.common.checkpoint.source import resolve_model
+from sixfold.common.checkpoint.tokenizer import load_tokenizer
+assert load_tokenizer(open_checkpoint(resolve_model(""))).encode("hi")
+print({"torch", "transformers", "gguf", "mlx"} & set(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
 
 
 def test_fields_read_what_they_say(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Contract: a directory's tokenizer is its tokenizer.json, its chat template is found wherever files
-keep it, templates run in a sandbox, and what is broken is refused with one sentence.
+"""Contract: a directory's tokenizer is its tokenizer.json, its chat template is found wherever
+files keep it, templates run in a sandbox, and what is broken is refused with one sentence.
 """
 
 from __future__ import annotations
