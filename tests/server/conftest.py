@@ -1,152 +1,17 @@
-"""Runs `sixfold serve` as users do: a subprocess, found by the address that it prints.
+"""Servers for the tests of this folder.
 
-The suite runs on the platform named by `--platform` (default: the toy). What can only be seen with a
-scripted model, or with faults, always runs on the toy.
+The suite runs on the platform named by `--platform` (default: the toy). What can only be seen with
+a scripted model, or with faults, always runs on the toy.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
-import openai
 import pytest
-from toy_checkpoint import toy_environment, write_toy_checkpoint
-
-DEADLINE = 60.0
-"""Seconds after which a condition that was waited for counts as failed."""
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> Any:
-    """The first true value of `condition`; fails after the deadline."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        if time.monotonic() > end:
-            pytest.fail(f"waited {seconds} s for: {what}")
-        time.sleep(0.01)
-    return value
-
-
-@dataclass
-class Running:
-    """One `sixfold serve` process."""
-
-    process: subprocess.Popen[str]
-    log: Path
-    url: str = ""
-    model: str = ""
-    lines: list[str] = field(default_factory=list)
-
-    @property
-    def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=DEADLINE)
-
-    def openai(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1",
-            **{"api_key": "none", "max_retries": 0, "timeout": DEADLINE, **options},
-        )
-
-    def metric(self, name: str) -> float:
-        text = self.http.get("/metrics").text
-        found = re.findall(rf"^sixfold_{re.escape(name)} (\S+)$", text, re.M)
-        return float(found[0]) if found else 0.0
-
-    def until_running(self, count: int) -> None:
-        until(lambda: self.metric("num_requests_running") == count, f"{count} running")
-
-    def engine_pid(self) -> int:
-        import psutil
-
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        engines = [c.pid for c in children if "spawn_main" in " ".join(c.cmdline())]
-        assert len(engines) == 1
-        return engines[0]
-
-    def terminate(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-
-    def exit_code(self) -> int:
-        return self.process.wait(DEADLINE)
-
-
-class Launcher:
-    """Starts servers in an environment where the toy platforms are installed; ends them all."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.faults = folder / "env" / "faults"
-        self.environment = toy_environment(folder / "env")
-        _install_faulty(folder / "env")
-        self._running: list[Running] = []
-
-    def start(self, *arguments: str | Path, wait: bool = True) -> Running:
-        """`sixfold serve <arguments> --port 0`, and with `wait` until it is ready."""
-        log = self.folder / f"serve-{len(self._running)}.log"
-        with log.open("w") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "sixfold", "serve", *map(str, arguments), "--port", "0"],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=self.environment,
-            )
-        running = Running(process, log)
-        self._running.append(running)
-        if wait:
-            self.wait_ready(running)
-        return running
-
-    def wait_ready(self, running: Running) -> None:
-        assert running.process.stdout is not None
-        for line in running.process.stdout:
-            running.lines.append(line)
-            if line.startswith("curl "):
-                break
-        else:
-            pytest.fail(f"the server did not start: {running.log.read_text()}")
-        running.url = re.findall(r"at (http://\S+)", "".join(running.lines))[0]
-        running.model = json.loads(running.lines[-1].split(" -d ")[1].strip("'\n"))["model"]
-
-    def run(self, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        """`sixfold <arguments>` to its end."""
-        return subprocess.run(
-            [sys.executable, "-m", "sixfold", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env=self.environment,
-            timeout=DEADLINE,
-            **options,
-        )
-
-    def close(self) -> None:
-        for running in self._running:
-            if running.process.poll() is None:
-                running.process.kill()
-            running.process.wait()
-            if running.process.stdout is not None:
-                running.process.stdout.close()
-
-
-def _install_faulty(folder: Path) -> None:
-    source = Path(__file__).parent / "faulty_platform.py"
-    (folder / source.name).write_text(source.read_text())
-    (folder / "faults").mkdir(exist_ok=True)
-    info = folder / "sixfold_faulty-1.0.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sixfold-faulty\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[sixfold.platforms]\nfaulty = faulty_platform:FaultyPlatform\n"
-    )
+from serving import Launcher, Running
+from toy_checkpoint import write_toy_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -192,8 +57,10 @@ def script() -> str:
 @pytest.fixture(scope="session")
 def model_arguments(platform: str, toy_model: Path) -> list[str]:
     """Model and platform for `sixfold serve`: the toy's, or the demo model anywhere else."""
-    named = [str(toy_model)] if platform == "toy" else []
-    return [*named, "--platform", platform]
+    if platform == "toy":
+        return [str(toy_model), "--platform", platform]
+    # A short context keeps the tests at its limit quick.
+    return ["--platform", platform, "--max-context", "1024", "--cache-tokens", "16384"]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""Contract guarded: every error is {"error": {message, type, param, code}} with the right status and
-names the parameter; nothing asked for is cut, capped or ignored."""
+"""Contract guarded: every error is {"error": {message, type, param, code}} with the right status
+and names the parameter; nothing asked for is cut, capped or ignored."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import Launcher, Running
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -27,13 +28,13 @@ def error(response: Any, status: int) -> dict[str, Any]:
     return found
 
 
-def post_chat(server: Any, **fields: Any) -> Any:
+def post_chat(server: Running, **fields: Any) -> Any:
     body = {"model": server.model, "messages": MESSAGES, "max_tokens": 2, **fields}
     body = {name: value for name, value in body.items() if value is not ...}
     return server.http.post("/v1/chat/completions", json=body)
 
 
-def post_completion(server: Any, **fields: Any) -> Any:
+def post_completion(server: Running, **fields: Any) -> Any:
     body = {"model": server.model, "prompt": "Hi", "max_tokens": 2, **fields}
     return server.http.post("/v1/completions", json=body)
 
@@ -58,7 +59,7 @@ UNSUPPORTED_CHAT = {
 
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED_CHAT))
 def test_known_but_unsupported_is_refused_with_its_name(
-    server: Any, platform: str, name: str
+    server: Running, platform: str, name: str
 ) -> None:
     found = error(post_chat(server, **{name: UNSUPPORTED_CHAT[name]}), 400)
     assert found["param"] == name
@@ -67,7 +68,7 @@ def test_known_but_unsupported_is_refused_with_its_name(
     assert repr(platform) in found["message"]
 
 
-def test_neutral_values_of_unsupported_fields_pass(server: Any) -> None:
+def test_neutral_values_of_unsupported_fields_pass(server: Running) -> None:
     neutral = {
         "tools": [], "tool_choice": "none", "functions": None, "function_call": "auto",
         "response_format": {"type": "text"}, "audio": None, "modalities": ["text"],
@@ -171,7 +172,7 @@ def test_neutral_values_of_unsupported_fields_pass(server: Any) -> None:
     ],
 )
 def test_a_wrong_field_is_400_and_named(
-    server: Any, fields: dict[str, Any], param: str, code: str
+    server: Running, fields: dict[str, Any], param: str, code: str
 ) -> None:
     found = error(post_chat(server, **fields), 400)
     assert (found["param"], found["code"]) == (param, code), found["message"]
@@ -179,7 +180,7 @@ def test_a_wrong_field_is_400_and_named(
     assert param.rpartition(".")[2].split("[")[0] in found["message"]
 
 
-def test_image_parts_name_the_model(server: Any) -> None:
+def test_image_parts_name_the_model(server: Running) -> None:
     part = {"type": "image_url", "image_url": {"url": "data:"}}
     found = error(post_chat(server, messages=[{"role": "user", "content": [part]}]), 400)
     assert repr(server.model) in found["message"]
@@ -204,14 +205,14 @@ def test_image_parts_name_the_model(server: Any) -> None:
     ],
 )
 def test_wrong_completion_fields(
-    server: Any, platform: str, fields: dict[str, Any], param: str
+    server: Running, platform: str, fields: dict[str, Any], param: str
 ) -> None:
     if platform != "toy" and "" in (fields.get("prompt") or ()):
         pytest.skip("a vocabulary with BOS makes a token of the empty prompt")
     assert error(post_completion(server, **fields), 400)["param"] == param
 
 
-def test_nothing_is_cut(server: Any) -> None:
+def test_nothing_is_cut(server: Running) -> None:
     limit = server.http.get("/v1/platform").json()["max_context"]
     sentence = f"maximum context length is {limit} tokens"
     long = error(post_completion(server, prompt=[65] * limit, max_tokens=1), 400)
@@ -239,7 +240,7 @@ def test_nothing_is_cut(server: Any) -> None:
         (b"\x00\x01\x02", "invalid_json"),
     ],
 )
-def test_unreadable_bodies(server: Any, content: bytes, code: str) -> None:
+def test_unreadable_bodies(server: Running, content: bytes, code: str) -> None:
     for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
         response = server.http.post(
             path, content=content, headers={"Content-Type": "application/json"}
@@ -247,7 +248,7 @@ def test_unreadable_bodies(server: Any, content: bytes, code: str) -> None:
         assert error(response, 400)["code"] == code
 
 
-def test_other_media_types_are_415(server: Any) -> None:
+def test_other_media_types_are_415(server: Running) -> None:
     for headers in (
         {"Content-Type": "text/plain"},
         {"Content-Type": "application/json; charset=latin-1"},
@@ -257,7 +258,7 @@ def test_other_media_types_are_415(server: Any) -> None:
         assert error(response, 415)["code"] == "unsupported_media_type"
 
 
-def test_unknown_path_method_and_model(server: Any) -> None:
+def test_unknown_path_method_and_model(server: Running) -> None:
     assert error(server.http.get("/v1/nothing"), 404)["code"] == "not_found"
     assert error(server.http.post("/"), 405)["code"] == "method_not_allowed"
     wrong = server.http.get("/v1/chat/completions")
@@ -273,7 +274,7 @@ def test_unknown_path_method_and_model(server: Any) -> None:
         assert repr(server.model) in found["message"]
 
 
-def test_request_ids(server: Any) -> None:
+def test_request_ids(server: Running) -> None:
     def sent_back(given: str) -> str:
         answer = server.http.get("/health", headers={"X-Request-Id": given})
         return str(answer.headers["x-request-id"])
@@ -285,7 +286,7 @@ def test_request_ids(server: Any) -> None:
     assert len(ids) == 3
 
 
-def test_tokenize_and_detokenize(server: Any) -> None:
+def test_tokenize_and_detokenize(server: Running) -> None:
     text = "Grüße, 世界!"
     found = server.http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
     assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
@@ -301,7 +302,7 @@ def test_tokenize_and_detokenize(server: Any) -> None:
     assert error(server.http.post("/detokenize", json={"tokens": [-1]}), 400)["param"] == "tokens"
 
 
-def raw(server: Any, data: bytes) -> tuple[bytes, Any]:
+def raw(server: Running, data: bytes) -> tuple[bytes, Any]:
     """Send bytes, read until the server closes; status line and JSON body."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 30) as connection:
@@ -313,14 +314,16 @@ def raw(server: Any, data: bytes) -> tuple[bytes, Any]:
     return head.split(b"\r\n")[0], json.loads(body)
 
 
-def test_bytes_that_are_no_http(server: Any) -> None:
+def test_bytes_that_are_no_http(server: Running) -> None:
     for data in (b"\x16\x03\x01\x02\x00\x01\x00", b"NONSENSE\r\n\r\n", b"GET / HTTP/9\r\n\r\n"):
         status, body = raw(server, data)
         assert status == b"HTTP/1.1 400 Bad Request"
         assert body["error"]["code"] == "invalid_http"
 
 
-def test_too_large_with_and_without_a_length(launcher: Any, model_arguments: list[str]) -> None:
+def test_too_large_with_and_without_a_length(
+    launcher: Launcher, model_arguments: list[str]
+) -> None:
     server = launcher.start(*model_arguments, "--max-body-bytes", 2000)
     found = error(post_chat(server, messages=[{"role": "user", "content": "x" * 3000}]), 413)
     assert found["code"] == "request_too_large"
@@ -339,7 +342,7 @@ def test_too_large_with_and_without_a_length(launcher: Any, model_arguments: lis
 
 
 def test_api_key_and_template_and_name(
-    launcher: Any, model_arguments: list[str], tmp_path: Path
+    launcher: Launcher, model_arguments: list[str], tmp_path: Path
 ) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ extra }}")
@@ -376,7 +379,7 @@ def test_api_key_and_template_and_name(
     assert server.exit_code() == 0
 
 
-def test_page_is_self_contained(server: Any) -> None:
+def test_page_is_self_contained(server: Running) -> None:
     page = server.http.get("/")
     assert page.headers["content-type"].startswith("text/html")
     assert "http://" not in page.text
@@ -384,7 +387,7 @@ def test_page_is_self_contained(server: Any) -> None:
     assert " src=" not in page.text
 
 
-def test_platform_report(server: Any, platform: str) -> None:
+def test_platform_report(server: Running, platform: str) -> None:
     report = server.http.get("/v1/platform").json()
     assert report["platform"] == platform
     decisions = {decision["what"]: decision for decision in report["decisions"]}
