@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from time import perf_counter
 
@@ -11,6 +12,8 @@ from .errors import CacheCorrupted, EngineDied
 from .messages import AddRequest, EngineStats, ErrorBody, Output
 from .scheduler.scheduler import Scheduler
 from .telemetry.load import LoadCounters
+
+log = logging.getLogger("sixfold.engine")
 
 
 class Engine:
@@ -102,6 +105,7 @@ class Engine:
             self._executor.submit(batch)
 
     def _die(self, error: Exception) -> list[Output]:
+        log.error("a step failed", exc_info=error)
         self._dead = f"The engine failed and must be restarted: {type(error).__name__}: {error}"
         body = ErrorBody(message=self._dead, code="engine_died", status=500)
         failed = self._scheduler.open_requests

@@ -246,6 +246,7 @@ class EngineClient:
         error = EngineDied(self.sentence)
         if self._started is not None and not self._started.done():
             self._started.set_exception(SixfoldError(self.sentence))
+            self._started.exception()  # nobody waits for it when loading was called off
         for generation in set(self._open.values()):
             generation.fail(error)
         self._open.clear()
