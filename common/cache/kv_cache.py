@@ -101,12 +101,12 @@ class KVCache:
         return sum(1 for n in nodes if n.depth > first and rows(n.pages[group]) == 0)
 
     def adopt(self, sequence: Sequence, nodes: Many[Node], priority: int) -> None:
-        """Continue `sequence` with matched pages; it must have no page beyond its node."""
-        if sequence.pages != sequence.node.depth:
-            raise CacheCorrupted("A sequence with pages of its own adopted others. This is a bug.")
+        """Continue `sequence` after its node with matched pages; a page of its own that it has
+        begun there is given back."""
         self.tree.tick()
-        start, end = sequence.pages, nodes[-1].depth
+        start, end = sequence.node.depth, nodes[-1].depth
         for g, table in enumerate(self.tables):
+            self._release(sequence, g, start, sequence.pages)
             first = max(start, self.tree.first_needed(g, end))
             needed = nodes[first - start :]
             table[sequence.handle, first:end] = [self.tree.retain(g, node) for node in needed]
@@ -119,9 +119,9 @@ class KVCache:
 
     def grow(self, sequence: Sequence, count: int) -> bool:
         """Add `count` fresh pages in every group, giving up cached ones; all or nothing."""
+        if self.room() < count:
+            return False
         for g, pool in enumerate(self.pools):
-            if pool.available < count:
-                return False
             while pool.free < count:
                 if not self.tree.evict(g):
                     raise CacheCorrupted(

@@ -11,7 +11,6 @@ steps in order, so pages may be released, and prefixes published, as soon as a s
 
 from __future__ import annotations
 
-import itertools
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -150,8 +149,9 @@ class Scheduler:
         if self._info.mixed_steps:
             parts = self._decode()
             return None if parts is None else parts + self._prefill(len(parts))
+        # A decoding row that was preempted in its turn leaves pages to the prompts.
         turns = [self._decode, self._prefill]
-        for turn in turns if self._prefilled else reversed(turns):
+        for turn in turns if self._prefilled else [self._prefill, *turns]:
             parts = turn()
             if parts is None or parts:
                 self._prefilled = turn == self._prefill
@@ -176,16 +176,14 @@ class Scheduler:
         """Chunks of prompts, those under way first; `planned` tokens of the budget are spent."""
         budget = self._info.max_step_tokens - planned
         parts: list[Part] = []
-        if budget <= 0:
-            return parts
-        under_way = [row for row in self._running if not row.decoding]
-        for row in itertools.chain(under_way, self._admissions()):
-            part = self._chunk(row, budget)
-            if part is not None:
-                parts.append(part)
-                budget -= part.count
-            if budget == 0:
+        for row in [row for row in self._running if not row.decoding]:
+            budget -= self._chunk(row, budget, parts)
+        admissions = self._admissions()
+        while budget > 0 and (new := next(admissions, None)) is not None:
+            taken = self._chunk(new, budget, parts)
+            if not taken:
                 break
+            budget -= taken
         return parts
 
     def _admissions(self) -> Iterator[Row]:
@@ -213,27 +211,28 @@ class Scheduler:
                 return False
         return True
 
-    def _chunk(self, row: Row, budget: int) -> Part | None:
-        """As much of a prompt as budget and pages allow, to a page boundary where it does not end,
-        after whatever the tree has of it by now. None when there is no room."""
+    def _chunk(self, row: Row, budget: int, parts: list[Part]) -> int:
+        """Add to `parts` as much of a prompt as budget and pages allow, after whatever the tree has
+        of it by now; returns the number of tokens. A chunk that does not end its prompt ends with a
+        page, so that rows with equal prompts do not compute parts of the same page; only the
+        first of a step may do otherwise, lest a small budget bring none on."""
         sequence, size = held(row), self.cache.page_size
-        if not row.scores_prompt and sequence.pages == sequence.node.depth:
+        if not row.scores_prompt:
             nodes = self.cache.match(sequence.node, row.tokens[: row.known])
             if nodes:
                 self._adopt(row, nodes)
         decoding = sum(1 for r in self._running if r.decoding)  # leave a page for each
         room = sequence.pages + max(0, self.cache.room() - decoding)
         end = min(row.known, row.computed + budget, room * size)
-        if end < row.known and end // size * size > row.computed:
+        if end < row.known and (parts or end // size * size > row.computed):
             end = end // size * size
-        if end <= row.computed:
-            return None
-        if not self.cache.grow(sequence, max(0, self.cache.pages_for(end) - sequence.pages)):
-            return None
-        part = self._take(row, end - row.computed)
+        more = max(0, self.cache.pages_for(end) - sequence.pages)
+        if end <= row.computed or not self.cache.grow(sequence, more):
+            return 0
+        parts.append(self._take(row, end - row.computed))
         # At once, so that the next row of this very step can share the pages.
         self.cache.publish(sequence, row.tokens[:end], row.priority, may_swap=False)
-        return part
+        return parts[-1].count
 
     def _adopt(self, row: Row, nodes: list[Node]) -> None:
         sequence = held(row)
