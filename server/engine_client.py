@@ -176,9 +176,9 @@ class EngineClient:
         return finished
 
     async def _ended_within(self, message: m.ToEngine | None, seconds: float) -> bool:
-        if self._process is None:
+        if self._process is None or self.ended.is_set():
             return True
-        if message is not None and not self.ended.is_set():
+        if message is not None:
             self._send(message)
         try:
             await asyncio.wait_for(self.ended.wait(), seconds)

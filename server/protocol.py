@@ -27,6 +27,7 @@ REFUSED_CHAT: Mapping[str, tuple[Any, ...]] = {
     "moderation": NOTHING,
     "parallel_tool_calls": (None, True, False),
     "prediction": NOTHING,
+    "prompt_cache_options": NOTHING,
     "prompt_cache_retention": (None, "in_memory", "in-memory"),
     "reasoning_effort": NOTHING,
     "response_format": (None, {"type": "text"}),
