@@ -12,7 +12,7 @@ from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from ..torch_runtime.sampler import sample
 
-SHORTLIST = 1024
+SHORTLIST = 512
 """Best tokens tried before a whole vocabulary is sorted; a top-p of 0.95 rarely needs more."""
 
 

@@ -8,6 +8,7 @@ a mask. Keys and values of all rows are written before anything is read.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..interface_attention import AttentionSpec
 from ..interface_kv import KVGroup, KVLayout
 from ..interface_step import StepBatch
 from .attention_plan import (
+    I64,
     AttentionPlan,
     DecodeBlock,
     Piece,
@@ -39,11 +41,11 @@ class BoundDecode:
         self.rows = len(block.tokens)
         self.first, self.last = block.first, block.last
         self.tokens = None if block.everything else device.to_device(block.tokens)
-        self.pages = device.to_device(block.pages)
+        self.pages = _pages(block.pages, device)
         self.bias: Tensor | None = None
         if block.seen is not None:
             begin, end = (device.to_device(edge).unsqueeze(1) for edge in block.seen)
-            position = torch.arange(self.first, self.last, device=self.pages.device)
+            position = torch.arange(self.first, self.last, device=device.torch_device)
             seen = (position >= begin) & (position < end)
             self.bias = _bias(seen, dtype).view(self.rows, 1, 1, -1)
 
@@ -53,7 +55,7 @@ class BoundPrefill:
 
     def __init__(self, row: PrefillRow, device: TorchDevice, dtype: torch.dtype) -> None:
         self.start = row.start
-        self.pages = None if row.pages is None else device.to_device(row.pages)
+        self.pages = None if row.pages is None else _pages(row.pages, device)
         self.pieces = [
             (piece, None if piece.causal else _band(piece, row.window, device, dtype))
             for piece in row.pieces
@@ -201,6 +203,14 @@ def _attend_capped(
         logits = logits + (bias if bias.dim() == 2 else bias.unsqueeze(1))
     weights = torch.softmax(logits, dim=-1).to(v.dtype)
     return torch.matmul(weights, v.unsqueeze(2)).reshape(batch, heads, count, dim)
+
+
+def _pages(pages: I64, device: TorchDevice) -> Tensor | slice:
+    """Neighbouring pages as a slice, so that they are read in place and not gathered."""
+    first = int(pages[0])
+    if np.array_equal(pages, np.arange(first, first + len(pages))):
+        return slice(first, first + len(pages))
+    return device.to_device(pages)
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,8 +30,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
-    scale = torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps))
-    return (wide * scale.unsqueeze(-1)).mul_(weight).to(x.dtype)
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    scale = scale.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -39,21 +40,18 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1]
-    wide = x.float()
-    first, second = wide[..., :half], wide[..., half : 2 * half]
-    result = torch.empty_like(wide)
-    torch.mul(first, cos, out=result[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=result[..., half : 2 * half]).addcmul_(first, sin)
-    if 2 * half < x.shape[-1]:
-        result[..., 2 * half :] = wide[..., 2 * half :]
-    return result.to(x.dtype)
-
-
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    """Queries and keys turn together: x * (cos, cos) + (x's halves swapped) * (-sin, sin)."""
+    heads, rotary = q.shape[1], 2 * cos.shape[-1]
+    both = torch.cat((q, k), dim=1)
+    turning = both[..., :rotary].float()
+    cosines = torch.cat((cos, cos), dim=-1).unsqueeze(1)
+    sines = torch.cat((-sin, sin), dim=-1).unsqueeze(1)
+    swapped = turning.roll(rotary // 2, dims=-1)
+    turned = (turning * cosines).addcmul_(swapped, sines).to(q.dtype)
+    if rotary < q.shape[-1]:
+        turned = torch.cat((turned, both[..., rotary:]), dim=-1)
+    return turned[:, :heads], turned[:, heads:]
 
 
 def qk_norm_rope(

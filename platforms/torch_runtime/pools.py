@@ -49,10 +49,13 @@ class TorchKVPool:
         """slots (T,) int64 on the device; k, v (T, heads, dim)."""
         self._ops.kv_write(self._keys[layer], self._values[layer], slots, k, v)
 
-    def gather(self, layer: int, pages: Tensor) -> Tensor:
-        """pages (N,) int64 on the device -> (N * page_size, 2, heads, dim), a copy."""
+    def gather(self, layer: int, pages: Tensor | slice) -> Tensor:
+        """pages (N,) int64 on the device -> (N * page_size, 2, heads, dim), a copy; or a slice of
+        neighbouring pages -> a view."""
         _, _, _, _, heads, dim = self._layout.shape
-        return self._blocks[layer].index_select(0, pages).view(-1, 2, heads, dim)
+        blocks = self._blocks[layer]
+        chosen = blocks[pages] if isinstance(pages, slice) else blocks.index_select(0, pages)
+        return chosen.view(-1, 2, heads, dim)
 
     def clear(self, layer: int, pages: Tensor) -> None:
         """Zero pages. Attention pads to whole pages and gives the padding weight 0; a NaN left by

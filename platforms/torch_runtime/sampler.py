@@ -28,16 +28,21 @@ def sample(
     """logits (R, V) float32; grammar_mask (R, ceil(V/32)) int32 bit patterns; pending (R,) int64
     -> token ids (R,) int64. `logits` is left as it is.
 
-    `wide` is the dtype of sums over the vocabulary. With a `shortlist` the sort is tried on that
-    many best tokens first, and whether they suffice is read on the host: for devices where such a
-    read is free.
+    `wide` is the dtype of sums over the vocabulary. `shortlist` > 0 says that reading a value on
+    the host is free: then clean logits are not copied, and a sort is tried on that many best
+    tokens first.
     """
-    x = torch.nan_to_num(logits, nan=-torch.inf, posinf=1e30, neginf=-torch.inf)
-    _add_bias(x, sampling)
-    _penalise(x, sampling, pending)
-    if grammar_mask is not None:
-        x.masked_fill_(~unpack_mask(grammar_mask, x.shape[1]), -torch.inf)
-    best, tokens = x.max(dim=-1)  # the first of equal values
+    adjusting = len(sampling.bias_ids) or grammar_mask is not None or len(_penalised(sampling))
+    x = logits
+    if shortlist and not adjusting:
+        best, tokens = x.max(dim=-1)  # the first of equal values
+    if adjusting or not shortlist or not bool(torch.isfinite(best).all()):
+        x = torch.nan_to_num(logits, nan=-torch.inf, posinf=1e30, neginf=-torch.inf)
+        _add_bias(x, sampling)
+        _penalise(x, sampling, pending)
+        if grammar_mask is not None:
+            x.masked_fill_(~unpack_mask(grammar_mask, x.shape[1]), -torch.inf)
+        best, tokens = x.max(dim=-1)
     drawing = np.flatnonzero(sampling.temperature > 0)
     if len(drawing) == len(x):
         tokens = _draw(x, best, sampling, drawing, wide, shortlist)
@@ -75,26 +80,29 @@ def _add_bias(x: Tensor, s: SamplingArrays) -> None:
     x[rows, ids] = x[rows, ids] + values
 
 
+def _penalised(s: SamplingArrays) -> NDArray[np.intp]:
+    """Rows with a penalty."""
+    penalised = (s.repetition_penalty != 1) | (s.presence_penalty != 0) | (s.frequency_penalty != 0)
+    return np.flatnonzero(penalised)
+
+
 def _penalise(x: Tensor, s: SamplingArrays, pending: Tensor | None) -> None:
-    repetition, presence, frequency = (
-        s.repetition_penalty,
-        s.presence_penalty,
-        s.frequency_penalty,
-    )
-    chosen = np.flatnonzero((repetition != 1) | (presence != 0) | (frequency != 0))
+    chosen = _penalised(s)
     if not len(chosen):
         return
+    repetition = s.repetition_penalty[chosen]
     rows = _index(chosen, x)
     part = x[rows]
     made = _counts(part, chosen, s.output_start, s.output_ids)
     if pending is not None:
         new = pending[rows].unsqueeze(1)
         made.scatter_add_(1, new.clamp(min=0), (new >= 0).to(made.dtype))
-    if (repetition[chosen] != 1).any():
+    if (repetition != 1).any():
         seen = (_counts(part, chosen, s.prompt_start, s.prompt_ids) + made) > 0
-        factor = _column(repetition[chosen], x)
+        factor = _column(repetition, x)
         part = torch.where(seen, torch.where(part > 0, part / factor, part * factor), part)
-    part -= _column(presence[chosen], x) * (made > 0) + _column(frequency[chosen], x) * made
+    part -= _column(s.presence_penalty[chosen], x) * (made > 0)
+    part -= _column(s.frequency_penalty[chosen], x) * made
     x[rows] = part
 
 
@@ -126,13 +134,13 @@ def _draw(
     """Inverse of the cumulative distribution in vocabulary order. x (N, V) are the logits of
     `rows` of the sampling arrays."""
     best = best.clamp(min=-1e30).unsqueeze(1)  # a row of -inf is refused by the caller
-    weights = torch.exp((x - best) / _column(s.temperature[rows], x))
+    weights = (x - best).div_(_column(s.temperature[rows], x)).exp_()
     sorting = np.flatnonzero((s.top_k[rows] > 0) | (s.top_p[rows] < 1))
     if len(sorting):
         where = _index(sorting, x)
         part = slice(None) if len(sorting) == len(rows) else where
         kept = _kept(x[part], best[part], weights[part], s, rows[sorting], wide, shortlist)
-        weights[part] = weights[part] * kept
+        weights[part] *= kept
     if (s.min_p[rows] > 0).any():
         weights *= weights >= _column(s.min_p[rows], x)  # the best token's weight is 1
     cumulative = weights.cumsum(dim=-1, dtype=wide)
@@ -175,6 +183,8 @@ def _kept(
     count = (inside & (reached - mass < share * total)).sum(dim=-1, keepdim=True).clamp(min=1)
     threshold = values.gather(1, count - 1)
     equals = count - (values > threshold).sum(dim=-1, keepdim=True)
+    if shortlist and not bool(((x >= threshold).sum(dim=-1, keepdim=True) > count).any()):
+        return x >= threshold  # no equals to leave out
     equal = x == threshold
     return (x > threshold) | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= equals))
 
