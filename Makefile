@@ -18,7 +18,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.ready-dev
-	$(BIN)/python ci/types.py
+	$(BIN)/python ci/check_types.py
 
 laws: $(VENV)/.ready-dev
 	$(BIN)/lint-imports

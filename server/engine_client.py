@@ -173,7 +173,7 @@ class EngineClient:
             self._process.kill()
             await self._ended_within(None, 2.0)
         self._close()
-        return finished
+        return finished and (loading or self._exit_code == 0)
 
     async def _ended_within(self, message: m.ToEngine | None, seconds: float) -> bool:
         if self._process is None or self.ended.is_set():
@@ -256,11 +256,17 @@ class EngineClient:
         """Why the process ended, for the user."""
         if self._failure is not None:
             return self._failure
-        if self._process is not None:
-            self._process.join(timeout=1)
-        code = self._process.exitcode if self._process else None
+        code = self._exit_code
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
         return f"The engine process has ended {how}."
+
+    @property
+    def _exit_code(self) -> int | None:
+        """Of the ended process. It may still have to be reaped, which takes no time."""
+        if self._process is None:
+            return None
+        self._process.join(timeout=1)
+        return self._process.exitcode
 
     def _close(self) -> None:
         self._socket.close(linger=0)

@@ -15,7 +15,8 @@ from ..common.text.output import OutputText, TextDelta
 from .engine_client import Wanted
 from .errors import ApiError, bad_request, engine_gone
 from .protocol import Sampled
-from .service import Service, check_length, check_sampling, nth_seed, random_seed
+from .seeds import nth_seed, random_seed
+from .service import Service, check_length, check_sampling
 
 
 def sampling(body: Sampled, max_tokens: int | None, logprobs: int | None) -> SamplingParams:

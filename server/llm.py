@@ -22,6 +22,7 @@ from ..common.messages import AddRequest, Output, TokenLogprobs
 from ..common.sampling import SamplingParams
 from ..common.text.output import OutputText, TextDelta
 from .launch import build, locate
+from .seeds import random_seed
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -88,13 +89,14 @@ class LLM:
         progress: bool = True,
     ) -> list[Completion]:
         """Complete every prompt (texts or token ids), batched by the engine; results in the order
-        of the prompts. `params`: one for all, or one each. Raises RequestError."""
+        of the prompts. `params`: one for all, one each, or None for the defaults with a random
+        seed. Raises RequestError."""
         many = _as_list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(many)
         if len(each) != len(many):
             raise ConfigError(f"There are {len(many)} prompts but {len(each)} params.")
         jobs = [
-            self._job(prompt, one or SamplingParams(), stop)
+            self._job(prompt, one or SamplingParams(seed=random_seed()), stop)
             for prompt, one in zip(many, each, strict=True)
         ]
         with _Bar(len(jobs)) if progress else nullcontext() as bar:
@@ -121,7 +123,7 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, stop: Sequence[str] = ()
     ) -> Iterator[str]:
         """The text of one completion as it comes. Ending the iteration ends the work."""
-        job = self._job(prompt, params or SamplingParams(), stop)
+        job = self._job(prompt, params or SamplingParams(seed=random_seed()), stop)
         for _, delta in self._deltas([job]):
             if delta.text:
                 yield delta.text

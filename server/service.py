@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -138,12 +137,3 @@ async def encode(tokenizer: Tokenizer, text: str, param: str, special: bool = Tr
     if len(text) < LONG_TEXT:
         return tokenizer.encode(text, add_special_tokens=special)
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)
-
-
-def random_seed() -> int:
-    return secrets.randbits(63)
-
-
-def nth_seed(seed: int, n: int) -> int:
-    """The seed of the n-th choice, kept within 64 bits."""
-    return (seed + n + 2**63) % 2**64 - 2**63

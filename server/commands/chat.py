@@ -69,7 +69,7 @@ class _Local:
 
     def answer(self, messages: Messages) -> Iterator[str]:
         from ...common.sampling import SamplingParams
-        from ..service import random_seed
+        from ..seeds import random_seed
 
         params = SamplingParams(seed=random_seed(), **self._options)
         return self._llm.stream(self._llm.chat_prompt(messages), params)

@@ -33,7 +33,7 @@ def generate(
     """Complete PROMPT ("-" reads it from standard input) with MODEL, or with the demo model."""
     from ...common.sampling import SamplingParams
     from ..llm import LLM
-    from ..service import random_seed
+    from ..seeds import random_seed
 
     text = sys.stdin.read() if prompt == "-" else prompt
     params = SamplingParams(
