@@ -40,8 +40,8 @@ class SamplingArrays:
     """Sampling parameters of the R rows of a step, as arrays of length R unless stated.
 
     Order of application (fixed, see `common/ops/sample.py`): logit bias, repetition, presence and
-    frequency penalty, grammar mask, temperature, top-k, top-p, min-p, draw by `uniform` in
-    vocabulary order. Log-probabilities are of the raw logits, before all of these.
+    frequency penalty, grammar mask, temperature, top-k, top-p, min-p, the draw by `uniform`.
+    Log-probabilities are of the raw logits, before all of these.
     """
 
     temperature: F32  # 0 = greedy (lowest id wins a tie)

@@ -12,8 +12,11 @@ Order of application, fixed for every platform:
 7. top-k keeps the k largest; 8. top-p keeps, of those and renormalised, the shortest prefix in
    descending order whose mass reaches p (Holtzman et al. 2020); ties in both go to the lowest id;
 9. min-p keeps tokens with at least min_p times the probability of the most likely one;
-10. the draw: in vocabulary order, the first token whose cumulative mass exceeds
-    uniform * total mass. The filters scale nothing, so `uniform` meets the same order everywhere.
+10. the draw: every token gets an exponential variate hashed from `uniform` and its id, and the
+    largest ratio of weight to variate wins, the lowest id among equals (the exponential race, the
+    Gumbel-max trick of Maddison et al. 2014 without its logarithm). A rounding of the logits then
+    changes the token only where two ratios nearly tie; a search in the cumulative distribution
+    would move by whole tokens in the tail, and a seed would mean little under another batch.
 
 A row whose every token is banned has no answer: it gets -1, and the step's result says so by
 `accepted` 0 for a row that wanted a sample; the engine fails that request and no other.
@@ -30,6 +33,9 @@ from .contract import EXACT, F32, I64
 from .sample_cases import cases
 
 F64 = NDArray[np.float64]
+
+LONGEST = 22.0
+"""Bound of a variate (about -log of 2^-32), so that float32's rounding of x to 1 harms nobody."""
 
 
 def sample(
@@ -79,11 +85,27 @@ def _choose(x: F32, s: SamplingArrays, row: int) -> int:
         return int(np.argmax(x))
     scaled = (x.astype(np.float64) - x.max()) / s.temperature[row]
     weights = np.where(_kept(scaled, s, row), np.exp(scaled), 0.0)
-    cumulative = np.cumsum(weights)
-    target = s.uniform[row] * cumulative[-1]
-    # Rounding may carry the target up to the total: the last kept token then.
-    above = cumulative > min(target, np.nextafter(cumulative[-1], 0.0))
-    return int(np.argmax(above))
+    return int(np.argmax(weights / exponentials(float(s.uniform[row]), len(x))))
+
+
+def exponentials(uniform: float, vocab: int) -> F64:
+    """(vocab,) standard exponential variates of one draw, each a hash of (uniform, token id).
+
+    The 53 bits of `uniform` split into a low word of 32 and a high word; two rounds of
+    MurmurHash3's 32-bit finaliser give h, and x = (h + 1/2) / 2^32 gives -log(1 - x), at most LONGEST.
+    """
+    bits = int(uniform * 2.0**53)
+    low, high = np.uint32(bits & 0xFFFFFFFF), np.uint32(bits >> 32)
+    h = mix32(np.arange(vocab, dtype=np.uint32) * np.uint32(0x9E3779B9) + low)
+    h = mix32(h ^ high)
+    return np.minimum(-np.log1p(-(h + 0.5) / 2.0**32), LONGEST)
+
+
+def mix32(h: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """MurmurHash3's fmix32 (Appleby, public domain): every input bit reaches every output bit."""
+    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> np.uint32(16))
 
 
 def _kept(scaled: F64, s: SamplingArrays, row: int) -> NDArray[np.bool_]:

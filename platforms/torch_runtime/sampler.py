@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...common.ops.sample import LONGEST
 from ..interface_step import SamplingArrays
 
 
@@ -131,8 +132,8 @@ def _draw(
     wide: torch.dtype,
     shortlist: int,
 ) -> Tensor:
-    """Inverse of the cumulative distribution in vocabulary order. x (N, V) are the logits of
-    `rows` of the sampling arrays."""
+    """The exponential race of the contract. x (N, V) are the logits of `rows` of the sampling
+    arrays."""
     best = best.clamp(min=-1e30).unsqueeze(1)  # a row of -inf is refused by the caller
     weights = (x - best).div_(_column(s.temperature[rows], x)).exp_()
     sorting = np.flatnonzero((s.top_k[rows] > 0) | (s.top_p[rows] < 1))
@@ -143,12 +144,31 @@ def _draw(
         weights[part] *= kept
     if (s.min_p[rows] > 0).any():
         weights *= weights >= _column(s.min_p[rows], x)  # the best token's weight is 1
-    cumulative = weights.cumsum(dim=-1, dtype=wide)
-    total = cumulative[:, -1:]
-    target = _column(s.uniform[rows], x, wide) * total
-    token = torch.searchsorted(cumulative, target, right=True)
-    # Rounding may carry the target up to the total: the last token with a weight then.
-    return torch.minimum(token, torch.searchsorted(cumulative, total.contiguous())).squeeze(1)
+    return weights.div_(_exponentials(s.uniform[rows], x)).argmax(dim=-1)
+
+
+def _exponentials(uniform: NDArray[np.float64], like: Tensor) -> Tensor:
+    """(N, V) float32: what `exponentials` of the contract gives for each draw."""
+    bits = (uniform * 2.0**53).astype(np.int64)
+    low, high = (
+        _column(half.astype(np.uint32).view(np.int32), like, torch.int32)
+        for half in (bits & 0xFFFFFFFF, bits >> 32)
+    )
+    ids = torch.arange(like.shape[1], dtype=torch.int32, device=like.device)
+    h = _mix32(_mix32(ids * _signed(0x9E3779B9) + low) ^ high)
+    x = (h.float() + torch.where(h < 0, 2.0**32 + 0.5, 0.5)) * 2.0**-32
+    return x.neg_().log1p_().neg_().clamp_(max=LONGEST)
+
+
+def _mix32(h: Tensor) -> Tensor:
+    """`mix32` of the contract on int32, whose products wrap and whose shifts keep the sign."""
+    h = (h ^ ((h >> 16) & 0xFFFF)) * _signed(0x85EBCA6B)
+    h = (h ^ ((h >> 13) & 0x7FFFF)) * _signed(0xC2B2AE35)
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
 
 
 def _kept(

@@ -3,6 +3,8 @@ toy platform samples with, and a second opinion on `common/ops/sample.py`."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from sixfold.platforms.interface_step import PromptLogprobs, StepBatch
@@ -49,15 +51,28 @@ def sample(raw: np.ndarray, batch: StepBatch, r: int, new_tokens: np.ndarray) ->
 
 
 def draw(logits: np.ndarray, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
-    """Narrow to the top k, then the top p, then by min p; draw in vocabulary order."""
+    """Narrow to the top k, then the top p, then by min p; the exponential race decides."""
     order = best(logits, top_k or len(logits))
     probabilities = np.exp(log_softmax(logits[order]))
     keep = np.cumsum(probabilities) - probabilities < top_p
     keep &= probabilities >= min_p * probabilities[0]
-    kept = np.zeros(len(logits))
-    kept[order[keep]] = probabilities[keep]
-    total = np.cumsum(kept)
-    return int(np.searchsorted(total, uniform * total[-1], side="right"))
+    kept = np.sort(order[keep])  # the lowest id wins a tie
+    race = np.exp(logits[kept] - logits.max()) / [variate(uniform, int(token)) for token in kept]
+    return int(kept[race.argmax()])
+
+
+def variate(uniform: float, token: int) -> float:
+    """The token's standard exponential variate, hashed from the draw; plain Python integers."""
+    bits = int(uniform * 2**53)
+    word = scramble((token * 0x9E3779B9 + bits) % 2**32)
+    word = scramble(word ^ (bits >> 32))
+    return min(-math.log1p(-(word + 0.5) / 2**32), 22.0)
+
+
+def scramble(word: int) -> int:
+    word = (word ^ word >> 16) * 0x85EBCA6B % 2**32
+    word = (word ^ word >> 13) * 0xC2B2AE35 % 2**32
+    return word ^ word >> 16
 
 
 def prompt_logprobs(batch: StepBatch, r: int, raw: np.ndarray) -> PromptLogprobs:
