@@ -60,7 +60,10 @@ def model_arguments(platform: str, toy_model: Path) -> list[str]:
     if platform == "toy":
         return [str(toy_model), "--platform", platform]
     # A short context keeps the tests at its limit quick.
-    return ["--platform", platform, "--max-context", "1024", "--cache-tokens", "16384"]
+    return [
+        "--platform", platform, "--threads", "1", "--max-context", "1024",
+        "--cache-tokens", "16384",
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
