@@ -102,7 +102,7 @@ def exponentials(uniform: float, vocab: int) -> F64:
 
 
 def mix32(h: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """MurmurHash3's fmix32 (Appleby, public domain): every input bit reaches every output bit."""
+    """MurmurHash3's fmix32 (Appleby): every input bit reaches every output bit."""
     h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return h ^ (h >> np.uint32(16))
