@@ -182,6 +182,7 @@ def _curl(model: str, address: str, key: bool) -> str:
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
     }
     header = " -H 'Authorization: Bearer YOUR_KEY'" if key else ""
     return (
