@@ -92,7 +92,8 @@ def exponentials(uniform: float, vocab: int) -> F64:
     """(vocab,) standard exponential variates of one draw, each a hash of (uniform, token id).
 
     The 53 bits of `uniform` split into a low word of 32 and a high word; two rounds of
-    MurmurHash3's 32-bit finaliser give h, and x = (h + 1/2) / 2^32 gives -log(1 - x), at most LONGEST.
+    MurmurHash3's 32-bit finaliser give h; with x = (h + 1/2) / 2^32 the variate is -log(1 - x), at
+    most LONGEST.
     """
     bits = int(uniform * 2.0**53)
     low, high = np.uint32(bits & 0xFFFFFFFF), np.uint32(bits >> 32)
