@@ -91,7 +91,7 @@ def test_many_prompts_as_texts_and_as_ids(client: Any, server: Running) -> None:
 
 def test_n_choices_are_the_seeds_in_order(client: Any, server: Running) -> None:
     # Without the long tail, where a rounding difference of the logits chooses another token.
-    sampled: dict[str, Any] = {"temperature": 1.0, "max_tokens": 16, "extra_body": {"top_k": 8}}
+    sampled: dict[str, Any] = {"temperature": 1.0, "max_tokens": 16}
     both = chat(client, server, n=2, seed=7, **sampled)
     texts = [choice.message.content for choice in both.choices]
     assert [choice.index for choice in both.choices] == [0, 1]
@@ -106,7 +106,7 @@ def test_n_choices_are_the_seeds_in_order(client: Any, server: Running) -> None:
 
 def test_n_streamed_interleaves_but_keeps_each_choice(client: Any, server: Running) -> None:
     options: dict[str, Any] = {
-        "n": 3, "seed": 11, "temperature": 1.0, "extra_body": {"top_k": 8},
+        "n": 3, "seed": 11, "temperature": 1.0,
     }  # fmt: skip
     whole = chat(client, server, **options)
     texts = ["", "", ""]
@@ -258,7 +258,7 @@ def test_32_at_a_time_get_what_each_gets_alone(server: Running) -> None:
             prompt = f"{i} " + "once upon a time there was " * (i % 7)
             options: dict[str, Any] = {"prompt": prompt, "max_tokens": 4 + 3 * (i % 5)}
             if i % 3 == 2:
-                options |= {"temperature": 0.8, "seed": i, "extra_body": {"top_k": 8}}
+                options |= {"temperature": 0.8, "seed": i}
             choice = complete(client, server, **options).choices[0]
             return choice.text, choice.finish_reason
 
