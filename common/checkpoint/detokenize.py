@@ -61,6 +61,14 @@ def bytes_reader(backend: Backend) -> tuple[Callable[[str], bytes], bool] | None
     return None
 
 
+def unspelled_bytes(backend: Backend) -> frozenset[int]:
+    """Bytes that a byte-level vocabulary has no entry for: its encoder drops them in silence."""
+    reader = bytes_reader(backend)
+    if reader is None or reader[0] is not _byte_level_bytes:
+        return frozenset()
+    return frozenset(b for c, b in _BYTE_LEVEL.items() if backend.token_to_id(c) is None)
+
+
 def _byte_level_bytes(entry: str) -> bytes:
     try:
         return bytes(_BYTE_LEVEL[character] for character in entry)

@@ -8,11 +8,18 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RequestError
 from . import gguf_tokenizer
 from .chat_template import ChatTemplate, Messages
 from .checkpoint import Checkpoint
-from .detokenize import ByteStream, TextStream, WindowStream, added_contents, bytes_reader
+from .detokenize import (
+    ByteStream,
+    TextStream,
+    WindowStream,
+    added_contents,
+    bytes_reader,
+    unspelled_bytes,
+)
 from .gguf_file import GGUFFile
 from .hf_directory import read_object, token_content
 
@@ -39,11 +46,25 @@ class Tokenizer:
         reader = bytes_reader(backend)
         self._entry_bytes = reader[0] if reader else None
         self._strips_space = reader is not None and reader[1]
+        self._unspelled = unspelled_bytes(backend)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. `add_special_tokens` adds what the model wants around a plain text (BOS);
-        a rendered chat template already holds it, so pass False for one."""
+        a rendered chat template already holds it, so pass False for one. Raises RequestError for a
+        character that the vocabulary cannot spell: nothing of a prompt is dropped."""
+        if self._unspelled:
+            self._refuse_unspelled(text)
         return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def _refuse_unspelled(self, text: str) -> None:
+        if self._unspelled.isdisjoint(text.encode("utf-8", "surrogatepass")):
+            return
+        odd = next(c for c in text if not self._unspelled.isdisjoint(c.encode("utf-8", "replace")))
+        raise RequestError(
+            f"This model's vocabulary cannot spell the character U+{ord(odd):04X}; "
+            "leave it out of the text.",
+            code="unspellable_character",
+        )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""

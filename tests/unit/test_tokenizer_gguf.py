@@ -22,7 +22,7 @@ from sixfold.common.checkpoint.checkpoint import open_checkpoint
 from sixfold.common.checkpoint.gguf_file import GGUFFile
 from sixfold.common.checkpoint.source import resolve_model
 from sixfold.common.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from sixfold.common.errors import CheckpointError
+from sixfold.common.errors import CheckpointError, RequestError
 
 UNKNOWN, USER_DEFINED = 2, 4
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -318,3 +318,8 @@ def test_smollm2_equals_transformers_where_no_digits_are(smollm2: Tokenizer) -> 
 def test_smollm2_round_trip(smollm2: Tokenizer, text: str) -> None:
     """Its vocabulary lacks a few bytes: some controls, and F1 and F2, which begin planes 4 up."""
     assert smollm2.decode(smollm2.encode(text), skip_special_tokens=False) == text
+
+
+def test_smollm2_refuses_what_it_cannot_spell(smollm2: Tokenizer) -> None:
+    with pytest.raises(RequestError, match=r"U\+0006"):
+        smollm2.encode("bell\x07 and ack\x06")
