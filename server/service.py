@@ -9,7 +9,7 @@ from enum import Enum
 
 from .. import __version__
 from ..common.checkpoint.tokenizer import Tokenizer
-from ..common.errors import ContextLengthExceeded
+from ..common.errors import ContextLengthExceeded, RequestError
 from ..common.messages import ErrorBody, Loading, Ready
 from ..common.sampling import SamplingParams
 from .engine_client import EngineClient
@@ -129,11 +129,16 @@ def check_length(prompt: Sequence[int], params: SamplingParams, ready: Ready, pa
 
 
 async def encode(tokenizer: Tokenizer, text: str, param: str, special: bool = True) -> list[int]:
-    """Token ids of `text`. Raises ApiError for text that is no Unicode (lone surrogates)."""
+    """Token ids of `text`. Raises ApiError for text that is no Unicode (lone surrogates) and
+    RequestError for what the vocabulary cannot spell, naming `param`."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise bad_request(f"{param} is not valid Unicode text.", param, "invalid_value") from None
-    if len(text) < LONG_TEXT:
-        return tokenizer.encode(text, add_special_tokens=special)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)
+    try:
+        if len(text) < LONG_TEXT:
+            return tokenizer.encode(text, add_special_tokens=special)
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)
+    except RequestError as error:
+        error.param = param
+        raise
