@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..interface import Decision, DeviceFacts, Status, Support
 from ..torch_runtime.device import TorchDevice
+from .host_memory import keep_freed_memory
 
 CACHE_SHARE = 4
 """One part in this many of the memory left beside the weights: other programs live here too."""
@@ -30,10 +31,14 @@ class CpuDevice(TorchDevice):
     def __init__(self, facts: DeviceFacts, threads: int | None = None) -> None:
         super().__init__(facts, "cpu")
         self._wanted_threads = threads
+        self._keeps_memory = False
 
     @property
     def threads(self) -> int:
         return self._wanted_threads or max(1, self.facts.cores)
+
+    def prepare(self) -> None:
+        self._keeps_memory = keep_freed_memory()
 
     def attach(self) -> None:
         torch.set_num_threads(self.threads)
@@ -42,7 +47,17 @@ class CpuDevice(TorchDevice):
         because = "set by the user"
         if self._wanted_threads is None:
             because = "one per physical core that this process may use"
-        return (Decision("threads", str(self.threads), because),)
+        kept = self._keeps_memory
+        return (
+            Decision("threads", str(self.threads), because),
+            Decision(
+                "freed memory",
+                "kept for reuse" if kept else "left to the C library",
+                "mapping a step's buffers anew at every layer costs more than the step"
+                if kept
+                else "this C library has no mallopt",
+            ),
+        )
 
     def default_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:
         if "amx_bf16" not in self.facts.features:

@@ -39,6 +39,10 @@ class TorchDevice:
     def facts(self) -> DeviceFacts:
         return self._facts
 
+    def prepare(self) -> None:
+        """Settings of the whole process, made before the thread of `attach` is started. Most
+        devices have none; the CPU's are in `platforms/cpu`."""
+
     def attach(self) -> None:
         """Prepare the calling thread; it is the one that loads and runs everything."""
         torch.accelerator.set_device_index(self.torch_device.index or 0)

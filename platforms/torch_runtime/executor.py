@@ -65,6 +65,7 @@ class TorchExecutor:
 
     def load(self, progress: LoadProgress | None = None) -> ExecutorInfo:
         """Raises CheckpointError, KernelError, ConfigError, or OutOfMemory with numbers."""
+        self._device.prepare()
         return self._worker.submit(self._load, progress).result()
 
     def submit(self, batch: StepBatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -30,11 +33,19 @@ def test_the_dtype_follows_the_matrix_units(features: frozenset, stored: str, dt
 
 
 def test_threads_are_the_usable_cores_unless_set() -> None:
-    (decision,) = CpuDevice(cpu_facts(cores=6)).decisions()
+    decision, _ = CpuDevice(cpu_facts(cores=6)).decisions()
     assert decision.chosen == "6"
-    (decision,) = CpuDevice(cpu_facts(cores=6), threads=2).decisions()
+    decision, _ = CpuDevice(cpu_facts(cores=6), threads=2).decisions()
     assert (decision.chosen, decision.because) == ("2", "set by the user")
     assert CpuDevice(cpu_facts(cores=0)).threads == 1
+
+
+def test_what_happens_to_freed_memory_is_recorded() -> None:
+    device = CpuDevice(cpu_facts())
+    assert device.decisions()[1].chosen == "left to the C library"
+    device.prepare()
+    kept = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
+    assert (device.decisions()[1].chosen == "kept for reuse") == kept
 
 
 def test_attach_sets_the_threads() -> None:
