@@ -48,6 +48,7 @@ def peers(asked: argparse.Namespace) -> list[Peer]:
     cache = ("-np", "32", "-c", "65536", "--cache-type-k", "f32", "--cache-type-v", "f32")
     known = [
         Peer("sixfold", ours, 8101, "demo"),
+        Peer("sixfold-no-tree", (*ours, "--no-prefix-cache"), 8105, "demo"),
         Peer("transformers", theirs, 8102, hf),
         Peer("transformers-cb", (*theirs, "--continuous-batching"), 8103, hf),
         Peer("llama.cpp", (*llama, "-tb", threads, *cache), 8104, "demo"),
@@ -128,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=Path, required=True, help="folder made by demo_model.py")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server binary")
-    parser.add_argument("--peers", default="", help="comma-separated names; empty = all installed")
+    parser.add_argument("--peers", default="", help="comma-separated names; empty = all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workloads", default="ABCDW")
     parser.add_argument("--out", type=Path, default=Path("bench-peers.json"))

@@ -28,7 +28,7 @@ copper hammer island jacket kettle ladder mirror needle ocean parcel quarry rock
 class Reply:
     text: str
     tokens: int  # as the server counts them, else the number of chunks with text
-    first_s: float  # time to the first chunk with text
+    first_s: float  # time to the first chunk with text; to the end when there was none
     total_s: float
     cached_tokens: int | None
 
@@ -93,7 +93,8 @@ async def one_request(
                     chunks += 1
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
     tokens = usage.get("completion_tokens") or chunks
-    return Reply("".join(text), tokens, first, time.perf_counter() - start, cached)
+    total = time.perf_counter() - start
+    return Reply("".join(text), tokens, first or total, total, cached)
 
 
 async def run(base: str, model: str, workload: str, seed: int) -> Outcome:
