@@ -57,9 +57,9 @@ def prompts(workload: str, seed: int) -> list[str]:
     rng = random.Random(f"{seed}/{'D' if workload == 'W' else workload}")
     ask = "Write a long story that uses these words: "
     if workload in "ABC":
-        return [ask + words(rng, 370) for _ in range({"A": 1, "B": 8, "C": 32}[workload])]
-    shared = ask + words(rng, 750)
-    return [f"{shared} {words(rng, 46)}" for _ in range(16)]
+        return [ask + words(rng, 465) for _ in range({"A": 1, "B": 8, "C": 32}[workload])]
+    shared = ask + words(rng, 985)
+    return [f"{shared} {words(rng, 60)}" for _ in range(16)]
 
 
 def output_limit(workload: str) -> int:
