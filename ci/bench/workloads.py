@@ -58,7 +58,7 @@ def prompts(workload: str, seed: int) -> list[str]:
     ask = "Write a long story that uses these words: "
     if workload in "ABC":
         return [ask + words(rng, 465) for _ in range({"A": 1, "B": 8, "C": 32}[workload])]
-    shared = ask + words(rng, 985)
+    shared = ask + words(rng, 992)
     return [f"{shared} {words(rng, 60)}" for _ in range(16)]
 
 
