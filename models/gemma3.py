@@ -110,7 +110,10 @@ class Gemma3Model(Model):
         self.model = Gemma3Trunk(blocks, args, build)
         self.lm_head = None if args.tied else Linear(args.width, args.vocabulary, build)
         self.ropes = nn.ModuleDict(
-            {FULL: Rope(args.rope, args.head_dim), SLIDING: Rope(args.local_rope, args.head_dim)}
+            {
+                FULL: Rope(args.rope, args.head_dim, build),
+                SLIDING: Rope(args.local_rope, args.head_dim, build),
+            }
         )
         # The factor is rounded to the weights' dtype, as the model was trained.
         self.embedding_scale = torch.tensor(args.width**0.5, dtype=build.dtype, device="cpu").item()
@@ -119,7 +122,7 @@ class Gemma3Model(Model):
         return self._specs
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        x, residual = self.model.embed_tokens(token_ids) * self.embedding_scale, None
+        x, residual = self.model.embed_tokens(token_ids, self.embedding_scale), None
         rotary = {kind: rope(positions) for kind, rope in self.ropes.items()}
         for kind, block in zip(self.args.types, self.model.layers, strict=True):
             x, residual = block(x, residual, rotary[kind], attend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ class Build:
 
     ops: KernelTable
     dtype: torch.dtype  # of weights and activations
+    quantize: str = ""  # "int8" or "int4": how matrices of linear layers are kept
 
     @property
     def dtype_name(self) -> str:
@@ -28,6 +30,15 @@ class Build:
 
     def problem(self, op: str, **dims: int) -> Problem:
         return Problem(op, self.dtype_name, dims)
+
+    def matrix_problem(self, op: str, **dims: int) -> Problem:
+        """Of an op that reads a matrix of a linear layer, quantised or not."""
+        return Problem(op, self.dtype_name, dims, self.quantize)
+
+    def prepared(self, op: str, weight: Tensor, problem: Problem) -> Any:
+        """The matrix in the form that the bound kernel takes."""
+        prepare = self.ops.kernels[op].prepare
+        return weight.detach() if prepare is None else prepare(weight.detach(), problem)
 
 
 class Layer(nn.Module):
@@ -41,6 +52,9 @@ class Layer(nn.Module):
     def problems(self) -> Iterable[Problem]:
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """Called when all parameters of this layer have their values."""
+
 
 class Linear(Layer):
     """(T, inputs) -> (T, outputs)."""
@@ -49,14 +63,23 @@ class Linear(Layer):
         super().__init__(build)
         self.weight = build.parameter(outputs, inputs)
         self.bias = build.parameter(outputs) if bias else None
+        self.matrix: Any = None  # the weight as the kernel takes it
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.ops.linear(x, self.weight, self.bias)
+        result: Tensor = self.ops.linear(x, self.matrix, self.bias)
         return result
+
+    def prepare(self) -> None:
+        (problem,) = self.problems()
+        self.matrix = self.build.prepared("linear", self.weight, problem)
+        if not isinstance(self.matrix, Tensor):
+            del self.weight
 
     def problems(self) -> Iterable[Problem]:
         outputs, inputs = self.weight.shape
-        yield self.build.problem("linear", k=inputs, n=outputs, bias=int(self.bias is not None))
+        yield self.build.matrix_problem(
+            "linear", k=inputs, n=outputs, bias=int(self.bias is not None)
+        )
 
 
 class Embedding(Layer):
@@ -66,20 +89,35 @@ class Embedding(Layer):
         super().__init__(build)
         self.weight = build.parameter(vocabulary, width)
         self.tied = tied
+        self.table: Any = None  # the weight as the embedding kernel takes it
+        self.head: Any = None  # the same as the linear kernel takes it, when tied
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        result: Tensor = self.ops.embedding(token_ids, self.weight)
+    def forward(self, token_ids: Tensor, scale: float = 1.0) -> Tensor:
+        result: Tensor = self.ops.embedding(token_ids, self.table, scale)
         return result
 
     def project(self, x: Tensor) -> Tensor:
-        result: Tensor = self.ops.linear(x, self.weight, None)
+        result: Tensor = self.ops.linear(x, self.head, None)
         return result
+
+    def prepare(self) -> None:
+        """One matrix serves both uses when both kernels take the same form."""
+        lookup, *product = self.problems()
+        self.table = self.build.prepared("embedding", self.weight, lookup)
+        if product:
+            kernels = self.ops.kernels
+            same = kernels["linear"].prepare == kernels["embedding"].prepare
+            self.head = self.table
+            if not same:
+                self.head = self.build.prepared("linear", self.weight, product[0])
+        if not isinstance(self.table, Tensor) and not isinstance(self.head, Tensor):
+            del self.weight
 
     def problems(self) -> Iterable[Problem]:
         vocabulary, width = self.weight.shape
-        yield self.build.problem("embedding", vocabulary=vocabulary, width=width)
+        yield self.build.matrix_problem("embedding", vocabulary=vocabulary, width=width)
         if self.tied:
-            yield self.build.problem("linear", k=width, n=vocabulary, bias=0)
+            yield self.build.matrix_problem("linear", k=width, n=vocabulary, bias=0)
 
 
 class Norm(Layer):

@@ -143,7 +143,7 @@ class LlamaModel(Model):
         )
         self.model = LlamaTrunk(blocks, args, build)
         self.lm_head = None if args.tied else Linear(args.width, args.vocabulary, build)
-        self.rope = Rope(args.rope, args.head_dim)
+        self.rope = Rope(args.rope, args.head_dim, build)
 
     def make_mlp(self, args: LlamaArgs, layer: int, build: Build) -> nn.Module:
         return GatedMLP(args.width, args.inner, build, bias=args.mlp_bias)

@@ -64,7 +64,9 @@ class _Piece:
     placement: Placement
 
 
-def build_model(checkpoint: Checkpoint, ops: KernelTable, dtype: torch.dtype) -> Model:
+def build_model(
+    checkpoint: Checkpoint, ops: KernelTable, dtype: torch.dtype, quantize: str = ""
+) -> Model:
     """The model without weights (on meta). Raises CheckpointError for what is not supported."""
     family = FAMILIES.get(checkpoint.architecture)
     if family is None:
@@ -73,17 +75,17 @@ def build_model(checkpoint: Checkpoint, ops: KernelTable, dtype: torch.dtype) ->
             f"supported: {' '.join(FAMILIES)}."
         )
     with torch.device("meta"):
-        return family(checkpoint.fields, Build(ops, dtype)).eval()
+        return family(checkpoint.fields, Build(ops, dtype, quantize)).eval()
 
 
-def kernel_problems(checkpoint: Checkpoint, dtype_name: str) -> list[Problem]:
+def kernel_problems(checkpoint: Checkpoint, dtype_name: str, quantize: str = "") -> list[Problem]:
     """The ops that the model calls, with their static sizes; attention is not among them."""
-    model = build_model(checkpoint, KernelTable({}, ()), getattr(torch, dtype_name))
+    model = build_model(checkpoint, KernelTable({}, ()), getattr(torch, dtype_name), quantize)
     found: dict[tuple[object, ...], Problem] = {}
     for module in model.modules():
         if isinstance(module, Layer):
             for problem in module.problems():
-                found[(problem.op, *sorted(problem.dims.items()))] = problem
+                found[(problem.op, problem.weights, *sorted(problem.dims.items()))] = problem
     return list(found.values())
 
 
@@ -105,10 +107,15 @@ def load_weights(
         source = SafetensorsWeights(checkpoint.path)
     pieces = _assign(model, source, checkpoint)
     total, done = sum(parameter.nbytes for parameter in model.parameters()), 0
-    for owner, leaf, name in _parameters(model):
+    left = {module: len(list(module.parameters(recurse=False))) for module in model.modules()}
+    for owner, leaf, name in list(_parameters(model)):
         meta = getattr(owner, leaf)
         value = to_device(_value(owner, meta, pieces[name], source))
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+        left[owner] -= 1
+        if not left[owner] and isinstance(owner, Layer):
+            # As soon as a layer is whole, so that two forms of one weight exist at a time.
+            owner.prepare()
         done += meta.nbytes
         if progress:
             progress(done, total)

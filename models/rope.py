@@ -7,35 +7,39 @@ al. 2023, section 3), "llama3" (the wavelength rule of Llama 3.1), explicit fact
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.checkpoint.fields import Fields
 from ..common.checkpoint.gguf_config import FREQUENCY_FACTORS
 from ..common.errors import CheckpointError
+from ..platforms.interface_kernels import Problem
+from .layers import Build, Layer
 
 SUPPORTED = ("default", "linear", "llama3", "yarn")
 
 
-class Rope(nn.Module):
+class Rope(Layer):
     """cos and sin (T, rotary/2) float32 for positions (T,)."""
 
     inverse: Tensor
 
-    def __init__(self, settings: Fields, head_dim: int) -> None:
-        super().__init__()
+    def __init__(self, settings: Fields, head_dim: int, build: Build) -> None:
+        super().__init__(build)
         rotary = int(head_dim * settings.number("partial_rotary_factor", 1.0))
         inverse, self.scale = frequencies(settings, rotary)
         self.rotary_dim = rotary
         self.register_buffer("inverse", inverse, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = positions[:, None].float() * self.inverse
-        cos, sin = angles.cos(), angles.sin()
-        return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
+        cos, sin = self.ops.rope_angles(positions, self.inverse, self.scale)
+        return cos, sin
+
+    def problems(self) -> Iterable[Problem]:
+        yield self.build.problem("rope_angles", half=self.rotary_dim // 2)
 
 
 def rope_settings(fields: Fields, layer_type: str | None = None) -> Fields:

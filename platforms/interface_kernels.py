@@ -44,6 +44,7 @@ class Problem:
     op: str
     dtype: str
     dims: Mapping[str, int] = field(default_factory=dict)
+    weights: str = ""  # "int8" or "int4" when weights are quantised, else as `dtype`
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,9 @@ class Kernel:
     fn: Callable[..., Any]
     priority: int = 0  # order among those that qualify; generic kernels are 0
     graph_safe: bool = True
+    # Brings a matrix once, at load, into the form that `fn` takes in its place. Kernels of one
+    # provider share that form; None: `fn` takes the checkpoint's own.
+    prepare: Callable[[Any, Problem], Any] | None = None
 
 
 @dataclass(frozen=True)

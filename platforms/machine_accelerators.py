@@ -65,7 +65,7 @@ def visible(devices: list[Accelerator], value: str) -> list[Accelerator]:
     at the first index that does not exist; uuids are taken as they come."""
     chosen: list[Accelerator] = []
     for word in filter(None, (w.strip() for w in value.split(","))):
-        if word.lstrip("-").isdigit():
+        if word.removeprefix("-").isdecimal():
             if not 0 <= int(word) < len(devices):
                 break
             chosen.append(devices[int(word)])

@@ -10,9 +10,9 @@ from ...platforms.interface_kernels import Case, Op
 from .contract import EXACT, F32, I64, REDUCTION, normal
 
 
-def embedding(ids: I64, table: F32) -> F32:
-    """ids (T,) int, table (V, H) -> (T, H): rows of the table."""
-    return table[ids]
+def embedding(ids: I64, table: F32, scale: float = 1.0) -> F32:
+    """ids (T,) int, table (V, H) -> (T, H): rows of the table times `scale`."""
+    return table[ids] * np.float32(scale)
 
 
 def linear(x: F32, weight: F32, bias: F32 | None = None) -> F32:
@@ -33,7 +33,8 @@ def embedding_cases(rng: np.random.Generator) -> Iterable[Case]:
         ids = rng.integers(0, vocab, tokens, dtype=np.int64)
         if tokens:
             ids[-1] = vocab - 1
-        yield Case(name, {"ids": ids, "table": normal(rng, vocab, width)})
+        scale = 2.0 if name == "repeated" else 1.0
+        yield Case(name, {"ids": ids, "table": normal(rng, vocab, width), "scale": scale})
 
 
 def linear_cases(rng: np.random.Generator) -> Iterable[Case]:

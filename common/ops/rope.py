@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ...platforms.interface_kernels import Case, Op, Tolerance
-from .contract import F32, POINTWISE, around_one, normal
+from .contract import F32, I64, POINTWISE, around_one, normal
 from .norm import rms_norm
 
 TOLERANCE = {**POINTWISE, "float32": Tolerance(1e-5, 1e-5), "bfloat16": Tolerance(4e-2, 2e-2)}
@@ -28,6 +28,26 @@ def rope(q: F32, k: F32, cos: F32, sin: F32) -> tuple[F32, F32]:
     Dimensions i and i + R/2 form a pair for i < R/2; dimensions from R on pass unchanged (R <= D).
     """
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def rope_angles(positions: I64, inverse: F32, scale: float) -> tuple[F32, F32]:
+    """positions (T,), inverse frequencies (R/2,) float32 -> scale * cos and scale * sin of their
+    products (T, R/2). The products are rounded to float32, as models are trained."""
+    angles = positions.astype(np.float32)[:, None] * inverse
+    wide = angles.astype(np.float64)
+    return (np.cos(wide) * scale).astype(np.float32), (np.sin(wide) * scale).astype(np.float32)
+
+
+def rope_angles_cases(rng: np.random.Generator) -> Iterable[Case]:
+    for name, tokens, half, scale in [
+        ("one", 1, 32, 1.0),
+        ("odd", 7, 5, 1.0),
+        ("scaled", 9, 64, 1.3),
+        ("no_tokens", 0, 8, 1.0),
+    ]:
+        inverse = (10000.0 ** (-np.arange(half) / half)).astype(np.float32)
+        positions = rng.integers(0, 100_000, tokens)
+        yield Case(name, {"positions": positions, "inverse": inverse, "scale": scale})
 
 
 def qk_norm_rope(
@@ -80,6 +100,12 @@ def qk_norm_rope_cases(rng: np.random.Generator) -> Iterable[Case]:
 
 
 OPS = (
+    Op(
+        "rope_angles",
+        rope_angles,
+        rope_angles_cases,
+        dict.fromkeys(POINTWISE, POINTWISE["float32"]),
+    ),
     Op("rope", rope, rope_cases, TOLERANCE),
     Op("qk_norm_rope", qk_norm_rope, qk_norm_rope_cases, TOLERANCE, parts=("rms_norm", "rope")),
 )

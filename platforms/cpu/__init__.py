@@ -72,7 +72,7 @@ class CPUPlatform:
         from .kernels import register
 
         device = CpuDevice(facts, spec.threads)
-        return TorchExecutor(spec, device, lambda registry: register(registry, facts))
+        return TorchExecutor(spec, device, lambda registry: register(registry, device))
 
 
 PLATFORM = CPUPlatform()

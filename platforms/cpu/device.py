@@ -11,6 +11,8 @@ from torch import Tensor
 from ..interface import Decision, DeviceFacts, Status, Support
 from ..torch_runtime.device import TorchDevice
 from .host_memory import keep_freed_memory
+from .native_library import LEVELS, Team, missing, usable_levels
+from .native_ops import Issuer
 
 CACHE_SHARE = 4
 """One part in this many of the memory left beside the weights: other programs live here too."""
@@ -32,10 +34,24 @@ class CpuDevice(TorchDevice):
         super().__init__(facts, "cpu")
         self._wanted_threads = threads
         self._keeps_memory = False
+        self._issuer: Issuer | None = None
 
     @property
     def threads(self) -> int:
         return self._wanted_threads or max(1, self.facts.cores)
+
+    @property
+    def level(self) -> str | None:
+        """The best instruction-set level that the library has and this CPU runs."""
+        return next(iter(usable_levels(self.facts.features)), None)
+
+    @property
+    def issuer(self) -> Issuer | None:
+        """The native kernels on this device's threads; None where there is no library."""
+        level = self.level
+        if self._issuer is None and level is not None:
+            self._issuer = Issuer(Team(self.threads, level))
+        return self._issuer
 
     def prepare(self) -> None:
         self._keeps_memory = keep_freed_memory()
@@ -50,6 +66,7 @@ class CpuDevice(TorchDevice):
         kept = self._keeps_memory
         return (
             Decision("threads", str(self.threads), because),
+            self._native_decision(),
             Decision(
                 "freed memory",
                 "kept for reuse" if kept else "left to the C library",
@@ -58,6 +75,18 @@ class CpuDevice(TorchDevice):
                 else "this C library has no mallopt",
             ),
         )
+
+    def _native_decision(self) -> Decision:
+        reason = missing()
+        if reason is not None:
+            return Decision("native kernels", "none", reason, fallback=True)
+        best = usable_levels(self.facts.features)
+        rejected = tuple(
+            (name, f"needs {', '.join(sorted(needs - self.facts.features))}")
+            for name, needs in LEVELS
+            if needs - self.facts.features and ("neon" in name) == ("asimd" in self.facts.features)
+        )
+        return Decision("native kernels", best[0], "the best level of this CPU", rejected)
 
     def default_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:
         if "amx_bf16" not in self.facts.features:

@@ -7,10 +7,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...common.errors import KernelError
 from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from ..torch_runtime.sampler import sample
+from .device import CpuDevice
+from .native_attention import NativeAttention
+from .native_library import missing
+from .native_ops import NativeOps
+from .packing import PackedWeight, pack_floats, quantise_int4, quantise_int8
 
 SHORTLIST = 512
 """Best tokens tried before a whole vocabulary is sorted; a top-p of 0.95 rarely needs more."""
@@ -22,6 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _needs_onednn(facts: DeviceFacts, problem: Problem) -> str | None:
+    if problem.weights:
+        return f"has no {problem.weights} weights"
     if not torch.backends.mkldnn.is_available():
         return "this torch build has no oneDNN"
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -42,8 +50,46 @@ def onednn_priority(facts: DeviceFacts) -> int:
     return 10 if "avx512f" in facts.features else -10
 
 
-def register(registry: KernelRegistry, facts: DeviceFacts) -> None:
-    priority = onednn_priority(facts)
+NATIVE_OPS = (
+    "embedding linear rms_norm add_rms_norm rope_angles rope qk_norm_rope silu_mul gelu_tanh_mul"
+).split()
+MATRIX_OPS = {"embedding", "linear"}
+"""Ops whose weight is packed at load."""
+
+
+def pack(weight: Tensor, problem: Problem) -> PackedWeight:
+    if problem.weights == "int8":
+        return quantise_int8(weight)
+    if problem.weights == "int4":
+        return quantise_int4(weight)
+    return pack_floats(weight)
+
+
+def _needs_native(facts: DeviceFacts, problem: Problem) -> str | None:
+    if problem.dtype != "float32":
+        return f"computes in float32, not {problem.dtype}"
+    return missing()
+
+
+def register_native(registry: KernelRegistry, device: CpuDevice) -> None:
+    """Registered also where there is no library, so that the reason is in the record."""
+    issuer = device.issuer
+    ops = None if issuer is None else NativeOps(issuer)
+    for op in NATIVE_OPS:
+        fn = getattr(ops, op, _absent)
+        prepare = pack if op in MATRIX_OPS else None
+        registry.add(Kernel(op, "native", _needs_native, fn, priority=20, prepare=prepare))
+    if issuer is not None:
+        registry.add_attention(NativeAttention(issuer), priority=20)
+
+
+def _absent(*args: object) -> None:
+    raise KernelError(f"There are no native kernels: {missing()}.")
+
+
+def register(registry: KernelRegistry, device: CpuDevice) -> None:
+    register_native(registry, device)
+    priority = onednn_priority(device.facts)
     registry.add(Kernel("linear", "onednn", _needs_onednn, linear, priority))
     # Reading a value costs nothing where the host is the device.
     host_sample = partial(sample, shortlist=SHORTLIST)

@@ -110,9 +110,13 @@ class TorchExecutor:
         register_generic(registry, device)
         if self._register is not None:
             self._register(registry)
-        problems = [*source.kernel_problems(dtype), *(Problem(op, dtype) for op in RUNTIME_OPS)]
+        quantize = spec.quantize or ""
+        problems = [
+            *source.kernel_problems(dtype, quantize),
+            *(Problem(op, dtype) for op in RUNTIME_OPS),
+        ]
         ops = registry.resolve(problems, device.facts, spec.kernels, spec.strict)
-        model = source.build(ops, DTYPES[dtype])
+        model = source.build(ops, DTYPES[dtype], quantize)
         attention, decision = registry.resolve_attention(
             model.attention_specs(), device.facts, spec.kernels.get("attention"), spec.strict
         )

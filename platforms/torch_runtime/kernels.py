@@ -20,8 +20,15 @@ if TYPE_CHECKING:
     from ...common.ops.registry import KernelRegistry
 
 
-def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    return F.embedding(ids, table)
+def embedding(ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+    rows = F.embedding(ids, table)
+    return rows if scale == 1.0 else rows * scale
+
+
+def rope_angles(positions: Tensor, inverse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    angles = positions[:, None].float() * inverse
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -128,6 +135,7 @@ GENERIC: dict[str, Callable[..., Any]] = {
     "linear": linear,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
+    "rope_angles": rope_angles,
     "rope": rope,
     "qk_norm_rope": qk_norm_rope,
     "silu_mul": silu_mul,
@@ -140,8 +148,8 @@ GENERIC: dict[str, Callable[..., Any]] = {
 }
 
 
-def _anywhere(facts: DeviceFacts, problem: Problem) -> None:
-    return None
+def _anywhere(facts: DeviceFacts, problem: Problem) -> str | None:
+    return f"has no {problem.weights} weights" if problem.weights else None
 
 
 def register_generic(registry: KernelRegistry, device: TorchDevice) -> None:

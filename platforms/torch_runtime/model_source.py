@@ -28,9 +28,9 @@ class ModelSource(Protocol):
         """The dtype that the checkpoint declares, "" when it declares none."""
         ...
 
-    def kernel_problems(self, dtype: str) -> Sequence[Problem]: ...
+    def kernel_problems(self, dtype: str, quantize: str) -> Sequence[Problem]: ...
 
-    def build(self, ops: KernelTable, dtype: torch.dtype) -> Model:
+    def build(self, ops: KernelTable, dtype: torch.dtype, quantize: str) -> Model:
         """The model on the meta device."""
         ...
 
@@ -69,15 +69,15 @@ class CheckpointSource:
         config = self._checkpoint.config
         return str(config.get("dtype") or config.get("torch_dtype") or "")
 
-    def kernel_problems(self, dtype: str) -> Sequence[Problem]:
+    def kernel_problems(self, dtype: str, quantize: str) -> Sequence[Problem]:
         from ...models.loading import kernel_problems
 
-        return kernel_problems(self._checkpoint, dtype)
+        return kernel_problems(self._checkpoint, dtype, quantize)
 
-    def build(self, ops: KernelTable, dtype: torch.dtype) -> Model:
+    def build(self, ops: KernelTable, dtype: torch.dtype, quantize: str) -> Model:
         from ...models.loading import build_model
 
-        return build_model(self._checkpoint, ops, dtype)
+        return build_model(self._checkpoint, ops, dtype, quantize)
 
     def load(
         self,

@@ -48,6 +48,7 @@ def _engine_options(command: Any) -> Any:
         click.option("--eviction", default="lru", help="Cache eviction: lru, lfu or priority."),
         click.option("--no-overlap", is_flag=True, help="End each step before the next begins."),
         click.option("--threads", type=int, help="Threads for compute on a processor."),
+        click.option("--quantize", help="Keep the weights of linear layers as int8 or int4."),
         click.option(
             "--kernel", "kernel", multiple=True, help="Name an op's kernel as op=provider."
         ),
@@ -97,7 +98,7 @@ def serve(model: str, **flags: Any) -> None:
             name: flags[name]
             for name in (
                 "platform dtype device_index max_context page_size cache_tokens memory_fraction "
-                "max_rows max_step_tokens max_queue eviction threads strict"
+                "max_rows max_step_tokens max_queue eviction threads quantize strict"
             ).split()
         },
     )

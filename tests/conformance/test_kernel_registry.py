@@ -3,6 +3,8 @@ reason, strict mode, and the recorded decisions."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support.attention_checks import cpu_backends
 from support.kernel_checks import cpu_facts, cpu_registry
@@ -104,9 +106,26 @@ def test_an_attention_backend_is_chosen_the_same_way() -> None:
 
 
 def test_the_cpu_prefers_onednn_where_it_was_measured() -> None:
-    table = cpu_registry().resolve(PROBLEMS, cpu_facts(), {}, strict=True)
-    assert table.decisions[0].chosen == "onednn"
-    facts = {"features": frozenset({"avx2"})}
-    table = cpu_registry(**facts).resolve(PROBLEMS, cpu_facts(**facts), {}, strict=True)
-    assert table.decisions[0].chosen == "generic"
-    assert table.decisions[0].rejected == (("onednn", "lower priority than generic"),)
+    """Among torch's products; the native one goes before both and serves float32."""
+    problems = [replace(problem, dtype="float32") for problem in PROBLEMS]
+    registry = cpu_registry()
+    assert registry.resolve(problems, cpu_facts(), {}).decisions[0].chosen == "native"
+    facts = cpu_facts(features=frozenset({"avx2"}))
+    order = {
+        kernel.provider: kernel.priority
+        for kernel in cpu_registry(features=facts.features).kernels()
+        if kernel.op == "linear"
+    }
+    assert order["native"] > order["generic"] > order["onednn"]
+    order = {k.provider: k.priority for k in registry.kernels() if k.op == "linear"}
+    assert order["native"] > order["onednn"] > order["generic"]
+
+
+def test_quantised_weights_need_a_kernel_that_has_them() -> None:
+    problem = Problem("linear", "float32", {"k": 64, "n": 64}, "int4")
+    registry = cpu_registry()
+    assert registry.resolve([problem], cpu_facts(), {}).decisions[0].chosen == "native"
+    with pytest.raises(KernelError, match="has no int4 weights"):
+        registry.resolve([problem], cpu_facts(), {"linear": "generic"})
+    with pytest.raises(KernelError, match="computes in float32"):
+        registry.resolve([replace(problem, dtype="bfloat16")], cpu_facts(), {})

@@ -33,7 +33,7 @@ def continuations(path: Path, prompts: list[list[int]], chunk: int) -> list[list
         str(path), dtype="float32", max_rows=len(prompts), max_context=1024, page_size=16
     )
     device = CpuDevice(cpu_facts(), threads=1)
-    executor = TorchExecutor(spec, device, lambda registry: register(registry, device.facts))
+    executor = TorchExecutor(spec, device, lambda registry: register(registry, device))
     try:
         driver = Driver(executor.load())
         plan: list[list[int]] = []  # rows that sample, step by step

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference_kernels import reference_table
 from run_model import load
 from tiny_models import TINY, save
 
@@ -21,7 +22,6 @@ from sixfold.common.checkpoint.checkpoint import open_checkpoint
 from sixfold.common.checkpoint.source import resolve_model
 from sixfold.models.loading import build_model, load_weights
 from sixfold.models.safetensors_weights import SafetensorsWeights
-from sixfold.platforms.interface_kernels import KernelTable
 
 SCRIPT = """
 import json, re, sys
@@ -30,7 +30,8 @@ import torch
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
 from sixfold.models.base import parameter_bytes
 from sixfold.models.loading import build_model, load_weights
-from sixfold.platforms.interface_kernels import KernelTable
+from sixfold.platforms.interface_kernels import Kernel, KernelTable
+from sixfold.platforms.torch_runtime.kernels import GENERIC
 
 def kib(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -38,7 +39,8 @@ def kib(field):
 torch.set_num_threads(2)
 warm = torch.ones(1000).bfloat16().float().sum()
 checkpoint = open_checkpoint(sys.argv[1])
-model = build_model(checkpoint, KernelTable({}, ()), getattr(torch, sys.argv[2]))
+table = KernelTable({op: Kernel(op, "generic", None, fn) for op, fn in GENERIC.items()}, ())
+model = build_model(checkpoint, table, getattr(torch, sys.argv[2]))
 Path("/proc/self/clear_refs").write_text("5")  # peak = now
 before = kib("VmRSS")
 load_weights(model, checkpoint, lambda tensor: tensor)
@@ -61,10 +63,8 @@ def smollm2_safetensors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2's configuration and bfloat16 weights as a safetensors directory in two shards."""
     import transformers
 
-    from sixfold.platforms.interface_kernels import KernelTable
-
     checkpoint = open_checkpoint(resolve_model(""))
-    model = build_model(checkpoint, KernelTable({}, ()), torch.bfloat16)
+    model = build_model(checkpoint, reference_table(), torch.bfloat16)
     load_weights(model, checkpoint, lambda tensor: tensor)
     keep = {k: v for k, v in checkpoint.config.items() if k != "model_type"}
     with torch.device("meta"):
@@ -127,7 +127,7 @@ def test_shards_and_conversion_give_equal_weights(name: str, tmp_path: Path) -> 
 def test_progress_and_device_see_every_byte(tmp_path: Path) -> None:
     path = save(TINY["llama_biases"].model(), tmp_path)
     checkpoint = open_checkpoint(path)
-    model = build_model(checkpoint, KernelTable({}, ()), torch.float32)
+    model = build_model(checkpoint, reference_table(), torch.float32)
     moved: list[torch.Tensor] = []
     steps: list[tuple[int, int]] = []
 

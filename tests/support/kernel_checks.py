@@ -19,7 +19,7 @@ from sixfold.platforms.torch_runtime.kernels import register_generic
 FLOAT32_ARGS = {("rope", "cos"), ("rope", "sin"), ("qk_norm_rope", "cos"), ("qk_norm_rope", "sin")}
 """Arguments that stay float32 whatever the dtype under test."""
 
-FLOAT32_OPS = {"sample", "logprobs"}
+FLOAT32_OPS = {"sample", "logprobs", "rope_angles"}
 """Ops whose inputs are float32 in every model."""
 
 PAD = 64
@@ -47,8 +47,9 @@ def cpu_facts(**changes: Any) -> DeviceFacts:
 def cpu_registry(**changes: Any) -> KernelRegistry:
     facts = cpu_facts(**changes)
     registry = KernelRegistry()
-    register_generic(registry, CpuDevice(facts, threads=1))
-    register(registry, facts)
+    device = CpuDevice(facts, threads=1)
+    register_generic(registry, device)
+    register(registry, device)
     return registry
 
 

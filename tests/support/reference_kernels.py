@@ -14,8 +14,13 @@ from torch import Tensor
 from sixfold.platforms.interface_kernels import Kernel, KernelTable
 
 
-def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    return table[ids.long()]
+def embedding(ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+    return table[ids.long()] * scale
+
+
+def rope_angles(positions: Tensor, inverse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    angles = torch.outer(positions.float(), inverse)
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,6 +97,7 @@ def reference_table() -> KernelTable:
         linear,
         rms_norm,
         add_rms_norm,
+        rope_angles,
         rope,
         qk_norm_rope,
         silu_mul,

@@ -71,10 +71,10 @@ class TinySource:
     context_length = 256
     stored_dtype = "float32"
 
-    def kernel_problems(self, dtype: str) -> Sequence[Problem]:
+    def kernel_problems(self, dtype: str, quantize: str = "") -> Sequence[Problem]:
         return [Problem("embedding", dtype), Problem("linear", dtype, {"in": HIDDEN})]
 
-    def build(self, ops: Any, dtype: torch.dtype) -> TinyModel:
+    def build(self, ops: Any, dtype: torch.dtype, quantize: str = "") -> TinyModel:
         with torch.device("meta"):
             return TinyModel(ops)
 
@@ -93,7 +93,7 @@ def tiny_executor(**changes: Any) -> TorchExecutor:
     spec = EngineSpec(**{"model_path": "", "max_rows": 8, "page_size": 4, **changes})
     device = CpuDevice(cpu_facts(), threads=1)
     return TorchExecutor(
-        spec, device, lambda registry: register(registry, device.facts), lambda _: TinySource()
+        spec, device, lambda registry: register(registry, device), lambda _: TinySource()
     )
 
 

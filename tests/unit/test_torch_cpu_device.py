@@ -33,19 +33,32 @@ def test_the_dtype_follows_the_matrix_units(features: frozenset, stored: str, dt
 
 
 def test_threads_are_the_usable_cores_unless_set() -> None:
-    decision, _ = CpuDevice(cpu_facts(cores=6)).decisions()
+    decision, *_ = CpuDevice(cpu_facts(cores=6)).decisions()
     assert decision.chosen == "6"
-    decision, _ = CpuDevice(cpu_facts(cores=6), threads=2).decisions()
+    decision, *_ = CpuDevice(cpu_facts(cores=6), threads=2).decisions()
     assert (decision.chosen, decision.because) == ("2", "set by the user")
     assert CpuDevice(cpu_facts(cores=0)).threads == 1
 
 
+def _of(device: CpuDevice, what: str) -> str:
+    return next(d.chosen for d in device.decisions() if d.what == what)
+
+
+def test_the_level_of_the_native_kernels_is_recorded_with_what_others_need() -> None:
+    device = CpuDevice(cpu_facts(features=frozenset({"avx2", "fma", "f16c"})))
+    decision = next(d for d in device.decisions() if d.what == "native kernels")
+    assert decision.chosen == device.level
+    if device.level == "avx2":
+        assert ("avxvnni", "needs avx_vnni") in decision.rejected
+        assert "neon" not in dict(decision.rejected)
+
+
 def test_what_happens_to_freed_memory_is_recorded() -> None:
     device = CpuDevice(cpu_facts())
-    assert device.decisions()[1].chosen == "left to the C library"
+    assert _of(device, "freed memory") == "left to the C library"
     device.prepare()
     kept = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
-    assert (device.decisions()[1].chosen == "kept for reuse") == kept
+    assert (_of(device, "freed memory") == "kept for reuse") == kept
 
 
 def test_attach_sets_the_threads() -> None:

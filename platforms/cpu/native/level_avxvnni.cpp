@@ -1,0 +1,4 @@
+#define LEVEL avxvnni
+#include "intrinsics.h"
+#include "program.h"
+#include "level.inl"

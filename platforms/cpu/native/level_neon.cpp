@@ -1,0 +1,4 @@
+#define LEVEL neon
+#include "intrinsics.h"
+#include "program.h"
+#include "level.inl"

@@ -1,0 +1,4 @@
+#define LEVEL neondot
+#include "intrinsics.h"
+#include "program.h"
+#include "level.inl"

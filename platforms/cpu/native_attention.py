@@ -1,0 +1,194 @@
+"""The native attention backend: one call for all rows of a step, read from the pages in place.
+
+The host side cuts the step into pieces of work: blocks of a row's queries, or, when few rows decode
+over long contexts, parts of a row's keys whose partial results are merged. A group's plan lies at a
+fixed address, so that recorded instructions find each new step there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...common.ops.attention import flat_slots
+from ..interface import DeviceFacts
+from ..interface_attention import AttentionSpec
+from ..interface_kv import KVGroup, KVLayout
+from ..interface_step import StepBatch
+from ..torch_runtime.pools import TorchKVPool
+from .native_library import PlanStruct, SpecStruct
+from .native_ops import ATTENTION, KV_WRITE, MERGE, Issuer
+
+I32 = NDArray[np.int32]
+
+QUERY_BLOCK = 32
+"""Queries of one piece of a prefill."""
+
+LEAST_KEYS = 128
+"""A row's keys are not cut into parts smaller than this."""
+
+PIECES_PER_THREAD = 4
+"""Work is cut until there are this many tasks a thread, so that uneven cores stay busy."""
+
+LARGEST_DIM = 512
+
+
+@dataclass(frozen=True, slots=True)
+class NativePlan:
+    """Arrays of PlanStruct; the work list holds `splits` parts of rows first."""
+
+    group: KVGroup
+    table: I32
+    query_start: I32
+    context: I32
+    slots: NDArray[np.int64]
+    work: I32  # (pieces, 5): row, first query, last query, first key, last key
+    splits: int
+    merges: I32  # (n, 3): token, first part, last part
+
+
+class GroupPlan:
+    """The struct of one group at its fixed address, and what it points at."""
+
+    def __init__(self) -> None:
+        self.struct = PlanStruct()
+        self.address = ctypes.addressof(self.struct)
+        self._held: tuple[Any, ...] = ()
+        self._partials = np.empty(0, np.float32)
+
+    def fill(self, plan: NativePlan, heads: int, dim: int) -> None:
+        floats = plan.splits * heads * (dim + 2)
+        if floats > len(self._partials):
+            self._partials = np.empty(floats, np.float32)
+        arrays = {
+            name: np.ascontiguousarray(getattr(plan, name))
+            for name in ("table", "query_start", "context", "slots", "work", "merges")
+        }
+        struct = self.struct
+        struct.rows, struct.table_width = plan.table.shape
+        struct.page_size = plan.group.page_size
+        struct.tokens = len(plan.slots)
+        struct.pieces, struct.splits = len(plan.work), plan.splits
+        struct.merge_count = len(plan.merges)
+        for name, array in arrays.items():
+            setattr(struct, name, array.ctypes.data)
+        struct.partials = self._partials.ctypes.data
+        self._held = tuple(arrays.values())
+
+
+class NativeAttention:
+    """AttentionBackend on the native kernels, for float32 caches."""
+
+    name = "native"
+
+    def __init__(self, issuer: Issuer) -> None:
+        self._issuer = issuer
+        self._groups: dict[str, tuple[GroupPlan, AttentionSpec]] = {}
+        self._specs: dict[AttentionSpec, SpecStruct] = {}
+
+    def accepts(self, spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
+        reasons = []
+        if spec.sinks:
+            reasons.append("attention sinks are not implemented by the native backend")
+        if spec.heads % spec.kv_heads:
+            reasons.append(f"{spec.heads} heads do not divide among {spec.kv_heads} kv heads")
+        if spec.dtype != "float32":
+            reasons.append(f"serves float32, not {spec.dtype}")
+        if spec.head_dim > LARGEST_DIM:
+            reasons.append(f"head sizes up to {LARGEST_DIM}, not {spec.head_dim}")
+        return tuple(reasons)
+
+    def layout(self, group: KVGroup, spec: AttentionSpec, layers: int) -> KVLayout:
+        axes = ("layer", "page", "token", "kv", "head", "dim")
+        shape = (layers, group.pages, group.page_size, 2, spec.kv_heads, spec.head_dim)
+        self._groups[group.name] = (GroupPlan(), spec)
+        return KVLayout(axes, shape, spec.dtype)
+
+    def plan(self, batch: StepBatch, group: KVGroup) -> NativePlan:
+        _, spec = self._groups[group.name]
+        wanted = -(-self._issuer.team.threads * PIECES_PER_THREAD // spec.kv_heads)
+        return plan_step(batch, group, wanted)
+
+    def bind(self, plan: NativePlan) -> GroupPlan:
+        bound, spec = self._groups[plan.group.name]
+        bound.fill(plan, spec.heads, spec.head_dim)
+        return bound
+
+    def run(
+        self,
+        bound: GroupPlan,
+        pool: TorchKVPool,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        rows, width = len(q), spec.kv_heads * spec.head_dim
+        q, k, v = (x.flatten(1) for x in (q, k, v))
+        data = pool.data[layer].data_ptr()
+        issuer = self._issuer
+        issuer.issue(
+            KV_WRITE,
+            rows,
+            (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), data, width, bound.address),
+        )
+        out = issuer.empty(rows, spec.heads * spec.head_dim)
+        struct = self._spec(spec)
+        args = (q.data_ptr(), q.stride(0), data, out.data_ptr(), struct, bound.address)
+        issuer.issue(ATTENTION, rows, args)
+        if issuer.tape is not None or bound.struct.merge_count:
+            issuer.issue(MERGE, rows, (out.data_ptr(), struct, bound.address))
+        return out.view(rows, spec.heads, spec.head_dim)
+
+    def _spec(self, spec: AttentionSpec) -> int:
+        if spec not in self._specs:
+            self._specs[spec] = SpecStruct(
+                spec.heads, spec.kv_heads, spec.head_dim, spec.window, spec.scale, spec.soft_cap
+            )
+        return ctypes.addressof(self._specs[spec])
+
+
+def plan_step(batch: StepBatch, group: KVGroup, wanted: int) -> NativePlan:
+    """`wanted` pieces keep all threads busy; rows that decode are cut to come near it."""
+    table = batch.page_tables[group.name]
+    slots = flat_slots(table, batch.query_start, batch.context_lens, group.page_size)
+    new = np.diff(batch.query_start)
+    parts: list[tuple[int, ...]] = []
+    whole: list[tuple[int, ...]] = []
+    merges = []
+    cuts = max(1, wanted // max(1, len(new)))
+    for row, (count, context) in enumerate(
+        zip(new.tolist(), batch.context_lens.tolist(), strict=True)
+    ):
+        end = context + count
+        begin = max(0, context - group.window + 1) if group.window else 0
+        pieces = min(cuts, (end - begin) // LEAST_KEYS) if count == 1 else 1
+        if pieces > 1:
+            edges = np.linspace(begin, end, pieces + 1).astype(int).tolist()
+            merges.append((int(batch.query_start[row]), len(parts), len(parts) + pieces))
+            parts += [(row, 0, 1, *span) for span in pairwise(edges)]
+            continue
+        for query in range(0, count, QUERY_BLOCK):
+            last = min(query + QUERY_BLOCK, count)
+            whole.append((row, query, last, begin, context + last))
+    # Long pieces first: the last task to start should be a short one.
+    whole.sort(key=lambda piece: piece[3] - piece[4])
+    work = np.array(parts + whole, np.int32).reshape(-1, 5)
+    joined = np.array(merges, np.int32).reshape(-1, 3)
+    return NativePlan(
+        group,
+        table.astype(np.int32, copy=False),
+        batch.query_start.astype(np.int32, copy=False),
+        batch.context_lens.astype(np.int32, copy=False),
+        slots,
+        work,
+        len(parts),
+        joined,
+    )

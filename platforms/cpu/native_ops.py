@@ -1,0 +1,195 @@
+"""The model's ops on the native kernels: each call is an instruction, run at once or recorded."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import packing
+from .native_library import Instruction, RopeShape, Team, instruction
+from .packing import GROUP, PackedWeight
+
+EMBED, RMS_NORM, ANGLES, ROPE, GATE, LINEAR, QUANTISE, KV_WRITE, ATTENTION, MERGE = range(10)
+SILU, GELU_TANH = 0, 1
+
+
+class Issuer:
+    """Runs instructions on a team. While `tape` is a list, they are put there instead."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+        self._one = (Instruction * 2)()
+        self.tape: list[Instruction] | None = None
+        self.allocate: Any = None  # while recording: (rows, width) -> Tensor
+        self._kept: dict[Any, Any] = {}
+
+    def empty(self, rows: int, width: int) -> Tensor:
+        if self.tape is not None:
+            result: Tensor = self.allocate(rows, width)
+            return result
+        return torch.empty(rows, width)
+
+    def issue(self, op: int, rows: int, a: Sequence[int], f: Sequence[float] = ()) -> None:
+        made = instruction(op, rows if self.tape is None else -1, a, f)
+        if self.tape is not None:
+            self.tape.append(made)
+            return
+        self._one[0] = made
+        self.team.run(self._one, 1, rows)
+
+    def shape(self, heads: int, kv_heads: int, dim: int, half: int) -> int:
+        key = (heads, kv_heads, dim, half)
+        if key not in self._kept:
+            self._kept[key] = RopeShape(*key)
+        return ctypes.addressof(self._kept[key])
+
+
+class NativeOps:
+    """One method per op contract (common/ops). Activations are float32."""
+
+    def __init__(self, issuer: Issuer) -> None:
+        self._issuer = issuer
+
+    def embedding(self, ids: Tensor, table: Tensor | PackedWeight, scale: float = 1.0) -> Tensor:
+        packed = _packed(table)
+        out = self._issuer.empty(len(ids), packed.shape[1])
+        self._issuer.issue(
+            EMBED, len(ids), (ids.data_ptr(), packed.address(None), out.data_ptr()), (scale,)
+        )
+        return out
+
+    def linear(
+        self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None
+    ) -> Tensor:
+        packed = _packed(weight)
+        x = _rows(x)
+        rows, k = x.shape
+        out = self._issuer.empty(rows, packed.shape[0])
+        quantised = 0
+        if packed.quantised:
+            groups = -(-k // GROUP)
+            codes = self._issuer.empty(rows, groups * (GROUP + 8) // 4)
+            quantised = codes.data_ptr()
+            self._issuer.issue(QUANTISE, rows, (x.data_ptr(), x.stride(0), quantised, k))
+        self._issuer.issue(
+            LINEAR,
+            rows,
+            (
+                x.data_ptr(),
+                x.stride(0),
+                packed.address(bias),
+                out.data_ptr(),
+                out.stride(0),
+                quantised,
+            ),
+        )
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        shape = x.shape
+        x = _rows(x.flatten(0, -2) if x.dim() > 2 else x)
+        out = self._issuer.empty(*x.shape)
+        args = (x.data_ptr(), x.stride(0), 0, weight.data_ptr(), out.data_ptr(), 0, x.shape[1])
+        self._issuer.issue(RMS_NORM, len(x), args, (eps,))
+        return out.view(shape)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = _rows(x), residual.contiguous()
+        out, total = self._issuer.empty(*x.shape), self._issuer.empty(*x.shape)
+        args = (
+            x.data_ptr(),
+            x.stride(0),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            total.data_ptr(),
+            x.shape[1],
+        )
+        self._issuer.issue(RMS_NORM, len(x), args, (eps,))
+        return out, total
+
+    def rope_angles(self, positions: Tensor, inverse: Tensor, scale: float) -> Any:
+        rows, half = len(positions), len(inverse)
+        cos, sin = self._issuer.empty(rows, half), self._issuer.empty(rows, half)
+        args = (positions.data_ptr(), inverse.data_ptr(), cos.data_ptr(), sin.data_ptr(), half)
+        self._issuer.issue(ANGLES, rows, args, (scale,))
+        return cos, sin
+
+    def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return self._rope(q, k, cos, sin, 0, 0, 0.0)
+
+    def qk_norm_rope(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return self._rope(q, k, cos, sin, q_weight.data_ptr(), k_weight.data_ptr(), eps)
+
+    def _rope(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: int, k_norm: int, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        rows, heads, dim = q.shape
+        kv_heads = k.shape[1]
+        q, k = _heads(q), _heads(k)
+        turned_q = self._issuer.empty(rows, heads * dim)
+        turned_k = self._issuer.empty(rows, kv_heads * dim)
+        args = (
+            q.data_ptr(),
+            q.stride(0),
+            k.data_ptr(),
+            k.stride(0),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            turned_q.data_ptr(),
+            turned_k.data_ptr(),
+            q_norm,
+            k_norm,
+            self._issuer.shape(heads, kv_heads, dim, cos.shape[1]),
+        )
+        self._issuer.issue(ROPE, rows, args, (eps,))
+        return turned_q.view(rows, heads, dim), turned_k.view(rows, kv_heads, dim)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self._gate(gate, up, SILU)
+
+    def gelu_tanh_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self._gate(gate, up, GELU_TANH)
+
+    def _gate(self, gate: Tensor, up: Tensor, kind: int) -> Tensor:
+        gate, up = _rows(gate), _rows(up)
+        out = self._issuer.empty(*gate.shape)
+        args = (
+            gate.data_ptr(),
+            gate.stride(0),
+            up.data_ptr(),
+            up.stride(0),
+            out.data_ptr(),
+            gate.shape[1],
+            kind,
+        )
+        self._issuer.issue(GATE, len(gate), args)
+        return out
+
+
+def _packed(weight: Tensor | PackedWeight) -> PackedWeight:
+    return weight if isinstance(weight, PackedWeight) else packing.pack_floats(weight)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Any stride between rows will do, none within."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()

@@ -1,0 +1,163 @@
+"""Weights in the form that the native linear kernels read: panels of 16 outputs.
+
+float32, bfloat16, float16   (panel, k, 16)
+int8    signed bytes (panel, k/4, 16, 4); fp16 scales (panel, k/32, 16)
+int4    nibbles (panel, k/8, 16, 4): byte b holds k = 8i + b low and k = 8i + 4 + b high; fp16
+        scales as int8. The value is (q - 8) * scale, or q * scale - minimum with minimums.
+
+k is padded to 32 in the quantised forms and n to 16, both with zeros.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
+from torch import Tensor
+
+from .native_library import WeightStruct
+
+PANEL = 16
+GROUP = 32
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT8, INT4 = 3, 4
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A matrix (n, k) for the native kernels. Its tensors live as long as the structs."""
+
+    format: int
+    shape: tuple[int, int]
+    data: Tensor
+    scales: Tensor | None = None
+    mins: Tensor | None = None
+    structs: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.data, self.scales, self.mins) if t is not None)
+
+    @property
+    def quantised(self) -> bool:
+        return self.format in (INT8, INT4)
+
+    def address(self, bias: Tensor | None) -> int:
+        """Of a WeightStruct for this matrix with this bias; lives as long as the weight."""
+        key = bias.data_ptr() if bias is not None else 0
+        if key not in self.structs:
+            wide = None if bias is None else bias.detach().float().contiguous()
+            struct = WeightStruct(
+                self.format,
+                *self.shape,
+                int(self.mins is not None),
+                self.data.data_ptr(),
+                self.scales.data_ptr() if self.scales is not None else None,
+                self.mins.data_ptr() if self.mins is not None else None,
+                wide.data_ptr() if wide is not None else None,
+            )
+            self.structs[key] = (struct, bias, wide)
+        return ctypes.addressof(self.structs[key][0])
+
+
+def pack_floats(weight: Tensor) -> PackedWeight:
+    """weight (n, k) float32, bfloat16 or float16, kept in that dtype."""
+    n, k = weight.shape
+    panels = F.pad(weight, (0, 0, 0, -n % PANEL)).view(-1, PANEL, k)
+    return PackedWeight(FLOATS[weight.dtype], (n, k), panels.transpose(1, 2).contiguous())
+
+
+def quantise_int8(weight: Tensor) -> PackedWeight:
+    """Symmetric, a scale per output and 32 k: the largest magnitude becomes 127."""
+    groups = _groups(weight.float())
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
+    return pack_int8(_divide(groups, scale).clamp_(-127, 127), scale.squeeze(-1), weight.shape)
+
+
+def quantise_int4(weight: Tensor) -> PackedWeight:
+    """Sixteen levels from a minimum per output and 32 k, the range chosen among several shrunken
+    ones by the least squared error of the group (calibration-free clipping search)."""
+    groups = _groups(weight.float())
+    low, high = (
+        groups.amin(-1, keepdim=True).clamp(max=0),
+        groups.amax(-1, keepdim=True).clamp(min=0),
+    )
+    best: list[Tensor] = []
+    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75):
+        scale = ((high - low) * (shrink / 15)).half()
+        minimum = (-low * shrink).half()
+        q = _divide(groups + minimum.float(), scale).clamp_(0, 15)
+        error = (q * scale.float() - minimum.float() - groups).square_().sum(-1, keepdim=True)
+        found = [error, q, scale, minimum]
+        if best:
+            better = error < best[0]
+            found = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
+        best = found
+    _, q, scale, minimum = best
+    return pack_int4(q, scale.squeeze(-1), minimum.squeeze(-1), weight.shape)
+
+
+def pack_int8(q: Tensor, scale: Tensor, shape: Any) -> PackedWeight:
+    """q (n, groups, 32) whole numbers -127..127 of any dtype, scale (n, groups) -> packed."""
+    n, k = shape
+    panels = _pad_rows(q.to(torch.int8)).view(-1, PANEL, q.shape[1] * (GROUP // 4), 4)
+    return PackedWeight(INT8, (n, k), panels.transpose(1, 2).contiguous(), _by_panel(scale))
+
+
+def pack_int4(q: Tensor, scale: Tensor, minimum: Tensor | None, shape: Any) -> PackedWeight:
+    """q (n, groups, 32) whole numbers 0..15; scale and minimum (n, groups) -> packed."""
+    n, k = shape
+    fours = _pad_rows(q.to(torch.uint8)).view(-1, PANEL, q.shape[1] * (GROUP // 8), 2, 4)
+    bytes_ = fours[..., 0, :] | (fours[..., 1, :] << 4)
+    mins = None if minimum is None else _by_panel(minimum)
+    return PackedWeight(INT4, (n, k), bytes_.transpose(1, 2).contiguous(), _by_panel(scale), mins)
+
+
+def unpack(weight: PackedWeight) -> Tensor:
+    """The values (n, k) float32 that the packed form stands for: the oracle of the kernels."""
+    n, k = weight.shape
+    if not weight.quantised:
+        return weight.data.float().transpose(1, 2).reshape(-1, k)[:n]
+    scale = _by_row(weight.scales)
+    if weight.format == INT8:
+        q = weight.data.transpose(1, 2).reshape(*scale.shape, GROUP).float()
+        values = q * scale.unsqueeze(-1)
+    else:
+        nibbles = torch.stack((weight.data & 15, weight.data >> 4), dim=-2)
+        q = nibbles.transpose(1, 2).reshape(*scale.shape, GROUP).float()
+        middle = q - 8 if weight.mins is None else q
+        values = middle * scale.unsqueeze(-1)
+        if weight.mins is not None:
+            values = values - _by_row(weight.mins).unsqueeze(-1)
+    return values.reshape(len(values), -1)[:n, :k].contiguous()
+
+
+def _groups(weight: Tensor) -> Tensor:
+    """(n, k) -> (n, groups, 32), zeros in the padding."""
+    n, k = weight.shape
+    return F.pad(weight, (0, -k % GROUP)).view(n, -1, GROUP)
+
+
+def _divide(values: Tensor, scale: Tensor) -> Tensor:
+    wide = scale.float()
+    return (values / torch.where(wide > 0, wide, 1.0)).round_()
+
+
+def _pad_rows(q: Tensor) -> Tensor:
+    return F.pad(q, (0, 0, 0, 0, 0, -len(q) % PANEL)).contiguous()
+
+
+def _by_panel(values: Tensor) -> Tensor:
+    """(n, groups) -> fp16 (panels, groups, 16)."""
+    n, groups = values.shape
+    padded = F.pad(values.half(), (0, 0, 0, -n % PANEL)).view(-1, PANEL, groups)
+    return padded.transpose(1, 2).contiguous()
+
+
+def _by_row(values: Tensor | None) -> Tensor:
+    if values is None:
+        raise ValueError("a quantised weight has scales")
+    return values.float().transpose(1, 2).reshape(-1, values.shape[1])
