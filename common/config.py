@@ -26,7 +26,7 @@ class EngineConfig:
     eviction: str = "lru"  # lru | lfu | priority
     overlap: bool = True
     threads: int | None = None
-    quantize: str | None = None  # int8 | int4: weights of linear layers, on load
+    quantize: str | None = None  # int8 | int4: matrices, on load; none: in the dtype
     kernels: dict[str, str] = field(default_factory=dict)  # op -> provider
     strict: bool = False
 
@@ -44,7 +44,7 @@ class EngineConfig:
         need(fraction is None or 0 < fraction <= 1, "memory_fraction", "in (0, 1]")
         dtypes = (None, "float32", "bfloat16", "float16")
         need(self.dtype in dtypes, "dtype", "float32, bfloat16 or float16")
-        need(self.quantize in (None, "int8", "int4"), "quantize", "int8 or int4")
+        need(self.quantize in (None, "none", "int8", "int4"), "quantize", "int8, int4 or none")
         need(self.eviction in ("lru", "lfu", "priority"), "eviction", "lru, lfu or priority")
         need(self.device_index >= 0, "device_index", "at least 0")
         need(

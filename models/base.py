@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..platforms.interface_attention import AttentionSpec
@@ -60,13 +59,3 @@ class Model(nn.Module):
         """The place of the checkpoint tensor `name` (canonical: "model.layers.0…", "lm_head…").
         None when it is known and not needed. Modules are named as checkpoints name them."""
         return Placement(name)
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all distinct parameters and buffers (tied tensors count once)."""
-    seen: dict[int, int] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        seen[tensor.data_ptr() if tensor.device != torch.device("meta") else id(tensor)] = (
-            tensor.numel() * tensor.element_size()
-        )
-    return sum(seen.values())

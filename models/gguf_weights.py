@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.checkpoint.gguf_blocks import QuantisedRows
 from ..common.checkpoint.gguf_weights import GGUFWeights as Rows
 
 _BLOCK_ELEMENTS = 1 << 18  # float32 blocks of 1 MiB stay in the cache
@@ -34,6 +35,12 @@ class GGUFWeights:
 
     def mapped(self, name: str, dtype: torch.dtype) -> Tensor | None:
         return None
+
+    def scheme(self, name: str) -> str:
+        return self._rows.scheme(name)
+
+    def quantised(self, name: str) -> QuantisedRows:
+        return self._rows.quantised_rows(name)
 
     def copy_into(self, name: str, target: Tensor) -> None:
         """Fill `target` (same shape, any dtype, on the CPU)."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.checkpoint.gguf_blocks import QuantisedRows
 from ..platforms.interface_kernels import KernelTable, Problem
 
 
@@ -18,7 +19,6 @@ class Build:
 
     ops: KernelTable
     dtype: torch.dtype  # of weights and activations
-    quantize: str = ""  # "int8" or "int4": how matrices of linear layers are kept
 
     @property
     def dtype_name(self) -> str:
@@ -31,18 +31,19 @@ class Build:
     def problem(self, op: str, **dims: int) -> Problem:
         return Problem(op, self.dtype_name, dims)
 
-    def matrix_problem(self, op: str, **dims: int) -> Problem:
-        """Of an op that reads a matrix of a linear layer, quantised or not."""
-        return Problem(op, self.dtype_name, dims, self.quantize)
-
-    def prepared(self, op: str, weight: Tensor, problem: Problem) -> Any:
+    def prepared(self, op: str, weight: Tensor | QuantisedRows, problem: Problem) -> Any:
         """The matrix in the form that the bound kernel takes."""
         prepare = self.ops.kernels[op].prepare
-        return weight.detach() if prepare is None else prepare(weight.detach(), problem)
+        values = weight.detach() if isinstance(weight, Tensor) else weight
+        return values if prepare is None else prepare(values, problem)
 
 
 class Layer(nn.Module):
     """A module that calls kernels. `problems` lists each with its static sizes."""
+
+    scheme = ""
+    """How the layer's matrices are kept: "" in the weights' dtype, else a name from SCHEMES of
+    models/quantization.py."""
 
     def __init__(self, build: Build) -> None:
         super().__init__()
@@ -52,8 +53,13 @@ class Layer(nn.Module):
     def problems(self) -> Iterable[Problem]:
         raise NotImplementedError
 
-    def prepare(self) -> None:
-        """Called when all parameters of this layer have their values."""
+    def matrix_problem(self, op: str, **dims: int) -> Problem:
+        """Of an op that reads a matrix, quantised or not."""
+        return Problem(op, self.build.dtype_name, dims, self.scheme)
+
+    def prepare(self, stored: QuantisedRows | None = None) -> None:
+        """Called when all parameters of this layer have their values. `stored` is the matrix when
+        the checkpoint holds it in the layer's scheme: its parameter is then on meta."""
 
 
 class Linear(Layer):
@@ -69,17 +75,15 @@ class Linear(Layer):
         result: Tensor = self.ops.linear(x, self.matrix, self.bias)
         return result
 
-    def prepare(self) -> None:
+    def prepare(self, stored: QuantisedRows | None = None) -> None:
         (problem,) = self.problems()
-        self.matrix = self.build.prepared("linear", self.weight, problem)
+        self.matrix = self.build.prepared("linear", stored or self.weight, problem)
         if not isinstance(self.matrix, Tensor):
             del self.weight
 
     def problems(self) -> Iterable[Problem]:
         outputs, inputs = self.weight.shape
-        yield self.build.matrix_problem(
-            "linear", k=inputs, n=outputs, bias=int(self.bias is not None)
-        )
+        yield self.matrix_problem("linear", k=inputs, n=outputs, bias=int(self.bias is not None))
 
 
 class Embedding(Layer):
@@ -100,24 +104,24 @@ class Embedding(Layer):
         result: Tensor = self.ops.linear(x, self.head, None)
         return result
 
-    def prepare(self) -> None:
+    def prepare(self, stored: QuantisedRows | None = None) -> None:
         """One matrix serves both uses when both kernels take the same form."""
         lookup, *product = self.problems()
-        self.table = self.build.prepared("embedding", self.weight, lookup)
+        self.table = self.build.prepared("embedding", stored or self.weight, lookup)
         if product:
             kernels = self.ops.kernels
             same = kernels["linear"].prepare == kernels["embedding"].prepare
             self.head = self.table
             if not same:
-                self.head = self.build.prepared("linear", self.weight, product[0])
+                self.head = self.build.prepared("linear", stored or self.weight, product[0])
         if not isinstance(self.table, Tensor) and not isinstance(self.head, Tensor):
             del self.weight
 
     def problems(self) -> Iterable[Problem]:
         vocabulary, width = self.weight.shape
-        yield self.build.matrix_problem("embedding", vocabulary=vocabulary, width=width)
+        yield self.matrix_problem("embedding", vocabulary=vocabulary, width=width)
         if self.tied:
-            yield self.build.matrix_problem("linear", k=width, n=vocabulary, bias=0)
+            yield self.matrix_problem("linear", k=width, n=vocabulary, bias=0)
 
 
 class Norm(Layer):

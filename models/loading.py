@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checkpoint.checkpoint import Checkpoint
+from ..common.checkpoint.gguf_blocks import SCHEMES, QuantisedRows
 from ..common.errors import CheckpointError
 from ..platforms.interface import LoadProgress
 from ..platforms.interface_kernels import KernelTable, Problem
@@ -19,6 +20,7 @@ from .gemma3 import Gemma3Model
 from .gguf_weights import GGUFWeights
 from .layers import Build, Layer, Norm
 from .llama import LlamaModel
+from .quantization import assign_schemes
 from .qwen2 import Qwen2Model
 from .qwen3 import Qwen3Model
 from .qwen3_moe import Qwen3MoeModel
@@ -55,6 +57,10 @@ class WeightSource(Protocol):
 
     def copy_into(self, name: str, target: Tensor) -> None: ...
 
+    def scheme(self, name: str) -> str: ...
+
+    def quantised(self, name: str) -> QuantisedRows: ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
@@ -67,7 +73,8 @@ class _Piece:
 def build_model(
     checkpoint: Checkpoint, ops: KernelTable, dtype: torch.dtype, quantize: str = ""
 ) -> Model:
-    """The model without weights (on meta). Raises CheckpointError for what is not supported."""
+    """The model without weights (on meta). `quantize` as in `assign_schemes`. Raises
+    CheckpointError for what is not supported."""
     family = FAMILIES.get(checkpoint.architecture)
     if family is None:
         raise CheckpointError(
@@ -75,7 +82,27 @@ def build_model(
             f"supported: {' '.join(FAMILIES)}."
         )
     with torch.device("meta"):
-        return family(checkpoint.fields, Build(ops, dtype, quantize)).eval()
+        model = family(checkpoint.fields, Build(ops, dtype)).eval()
+    stored = _stored_schemes(model, open_weights(checkpoint)) if quantize == "stored" else {}
+    assign_schemes(model, quantize, stored)
+    return model
+
+
+def open_weights(checkpoint: Checkpoint) -> WeightSource:
+    if checkpoint.format == "gguf":
+        return GGUFWeights(checkpoint.path)
+    return SafetensorsWeights(checkpoint.path)
+
+
+def _stored_schemes(model: Model, source: WeightSource) -> dict[str, str]:
+    """Parameter name -> scheme, for matrices that one quantised tensor fills."""
+    found = {}
+    for tensor in source.names():
+        name = _canonical(tensor)
+        placement = model.placement(name) if name and source.scheme(tensor) else None
+        if placement is not None and not placement.index:
+            found[placement.parameter] = source.scheme(tensor)
+    return found
 
 
 def kernel_problems(checkpoint: Checkpoint, dtype_name: str, quantize: str = "") -> list[Problem]:
@@ -100,22 +127,23 @@ def load_weights(
     `to_device` gets a CPU tensor of the final dtype, which may lie on mapped pages of the file, and
     returns the tensor to keep. Raises CheckpointError naming the file and the tensor.
     """
-    source: WeightSource
-    if checkpoint.format == "gguf":
-        source = GGUFWeights(checkpoint.path)
-    else:
-        source = SafetensorsWeights(checkpoint.path)
+    source = open_weights(checkpoint)
     pieces = _assign(model, source, checkpoint)
     total, done = sum(parameter.nbytes for parameter in model.parameters()), 0
+    stored: dict[nn.Module, str] = {}  # layers whose matrix stays as it is -> its tensor
     left = {module: len(list(module.parameters(recurse=False))) for module in model.modules()}
     for owner, leaf, name in list(_parameters(model)):
         meta = getattr(owner, leaf)
-        value = to_device(_value(owner, meta, pieces[name], source))
-        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+        tensor = pieces[name][0].tensor
+        if leaf == "weight" and isinstance(owner, Layer) and owner.scheme in SCHEMES:
+            stored[owner] = tensor
+        else:
+            value = to_device(_value(owner, meta, pieces[name], source))
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
         left[owner] -= 1
         if not left[owner] and isinstance(owner, Layer):
             # As soon as a layer is whole, so that two forms of one weight exist at a time.
-            owner.prepare()
+            owner.prepare(source.quantised(stored[owner]) if owner in stored else None)
         done += meta.nbytes
         if progress:
             progress(done, total)

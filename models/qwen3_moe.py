@@ -75,7 +75,7 @@ class SparseMLP(Layer):
 
     def problems(self) -> Iterable[Problem]:
         args = self.args
-        yield self.build.matrix_problem(
+        yield self.matrix_problem(
             "moe", experts=args.experts, top_k=args.top_k, width=args.width, inner=args.expert_inner
         )
 

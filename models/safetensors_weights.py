@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.checkpoint.gguf_blocks import QuantisedRows
 from ..common.checkpoint.safetensors_index import ITEM_BYTES, StoredTensor, read_tables
 from ..common.errors import CheckpointError
 
@@ -53,6 +54,13 @@ class SafetensorsWeights:
             return torch.empty(stored.shape, dtype=dtype)
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=stored.offset)
         return flat.reshape(stored.shape)
+
+    def scheme(self, name: str) -> str:
+        """ "" : nothing is stored quantised."""
+        return ""
+
+    def quantised(self, name: str) -> QuantisedRows:
+        raise CheckpointError(f"{self.where(name)} is not quantised.")
 
     def copy_into(self, name: str, target: Tensor) -> None:
         """Fill `target` (same shape, any dtype, on the CPU) in blocks read from the file."""

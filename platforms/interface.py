@@ -125,7 +125,7 @@ class EngineSpec:
     max_rows: int = 64
     max_step_tokens: int = 2048
     threads: int | None = None
-    quantize: str | None = None  # "int8" | "int4": weights of linear layers, on load
+    quantize: str | None = None  # "int8" | "int4": matrices, on load; "none": in the dtype
     kernels: Mapping[str, str] = field(default_factory=dict)  # op -> provider, chosen by the user
     strict: bool = False
 

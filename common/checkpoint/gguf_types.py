@@ -25,7 +25,7 @@ class BlockType:
     convert: Callable[[U8, F32], None]
 
 
-def _half(blocks: U8, at: int) -> F32:
+def half(blocks: U8, at: int) -> F32:
     """The fp16 number at byte `at` of every block, as (n, 1) float32."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
@@ -44,7 +44,7 @@ def _bf16(blocks: U8, out: F32) -> None:
     np.left_shift(bits, 16, out=bits)
 
 
-def _nibbles(packed: U8, out: NDArray[Any]) -> None:
+def nibbles(packed: U8, out: NDArray[Any]) -> None:
     """Low nibbles to the first half of `out`'s last axis, high nibbles to the second."""
     half = packed.shape[-1]
     np.bitwise_and(packed, 15, out=out[..., :half], casting="unsafe")
@@ -52,58 +52,57 @@ def _nibbles(packed: U8, out: NDArray[Any]) -> None:
 
 
 def _q8_0(blocks: U8, out: F32) -> None:
-    np.multiply(blocks[:, 2:].view(np.int8), _half(blocks, 0), out=out)
+    np.multiply(blocks[:, 2:].view(np.int8), half(blocks, 0), out=out)
 
 
 def _q4_0(blocks: U8, out: F32) -> None:
-    _nibbles(blocks[:, 2:], out)
+    nibbles(blocks[:, 2:], out)
     out -= 8
-    out *= _half(blocks, 0)
+    out *= half(blocks, 0)
 
 
 def _q4_1(blocks: U8, out: F32) -> None:
-    _nibbles(blocks[:, 4:], out)
-    out *= _half(blocks, 0)
-    out += _half(blocks, 2)
+    nibbles(blocks[:, 4:], out)
+    out *= half(blocks, 0)
+    out += half(blocks, 2)
 
 
-def _five_bits(blocks: U8, high_at: int, out: F32) -> None:
-    """32 five-bit numbers: four high-bit bytes at `high_at`, then 16 bytes of nibbles."""
+def five_bits(blocks: U8, high_at: int) -> U8:
+    """(n, 32) five-bit numbers: four high-bit bytes at `high_at`, then 16 bytes of nibbles."""
     high = np.unpackbits(blocks[:, high_at : high_at + 4], axis=1, bitorder="little")
     low = np.empty_like(high)
-    _nibbles(blocks[:, high_at + 4 :], low)
+    nibbles(blocks[:, high_at + 4 :], low)
     high <<= 4
-    np.bitwise_or(low, high, out=low)
-    out[:] = low
+    return np.bitwise_or(low, high, out=low)
 
 
 def _q5_0(blocks: U8, out: F32) -> None:
-    _five_bits(blocks, 2, out)
+    out[:] = five_bits(blocks, 2)
     out -= 16
-    out *= _half(blocks, 0)
+    out *= half(blocks, 0)
 
 
 def _q5_1(blocks: U8, out: F32) -> None:
-    _five_bits(blocks, 4, out)
-    out *= _half(blocks, 0)
-    out += _half(blocks, 2)
+    out[:] = five_bits(blocks, 4)
+    out *= half(blocks, 0)
+    out += half(blocks, 2)
 
 
-def _k_scales(blocks: U8) -> tuple[F32, F32]:
+def k_scales(blocks: U8) -> tuple[F32, F32]:
     """Scales and minimums (n, 8, 1) of Q4_K and Q5_K: eight 6-bit pairs packed in bytes 4..15."""
     first, second, third = (blocks[:, at : at + 4] for at in (4, 8, 12))
     scale = np.hstack([first & 63, (third & 15) | ((first >> 2) & 48)])
     minimum = np.hstack([second & 63, (third >> 4) | ((second >> 2) & 48)])
     return (
-        (_half(blocks, 0) * scale.astype(np.float32))[:, :, None],
-        (_half(blocks, 2) * minimum.astype(np.float32))[:, :, None],
+        (half(blocks, 0) * scale.astype(np.float32))[:, :, None],
+        (half(blocks, 2) * minimum.astype(np.float32))[:, :, None],
     )
 
 
 def _q4_k(blocks: U8, out: F32) -> None:
     count = len(blocks)
-    scale, minimum = _k_scales(blocks)
-    _nibbles(blocks[:, 16:].reshape(count, 4, 32), out.reshape(count, 4, 64))
+    scale, minimum = k_scales(blocks)
+    nibbles(blocks[:, 16:].reshape(count, 4, 32), out.reshape(count, 4, 64))
     values = out.reshape(count, 8, 32)
     values *= scale
     values -= minimum
@@ -111,9 +110,9 @@ def _q4_k(blocks: U8, out: F32) -> None:
 
 def _q5_k(blocks: U8, out: F32) -> None:
     count = len(blocks)
-    scale, minimum = _k_scales(blocks)
+    scale, minimum = k_scales(blocks)
     bits = np.empty((count, 8, 32), np.uint8)
-    _nibbles(blocks[:, 48:].reshape(count, 4, 32), bits.reshape(count, 4, 64))
+    nibbles(blocks[:, 48:].reshape(count, 4, 32), bits.reshape(count, 4, 64))
     shifts = np.arange(8, dtype=np.uint8)[None, :, None]
     bits |= ((blocks[:, None, 16:48] >> shifts) & 1) << 4
     values = out.reshape(count, 8, 32)
@@ -121,17 +120,20 @@ def _q5_k(blocks: U8, out: F32) -> None:
     values -= minimum
 
 
-def _q6_k(blocks: U8, out: F32) -> None:
+def six_bits(blocks: U8) -> tuple[NDArray[np.int8], F32]:
+    """Q6_K's numbers (n, 16, 16) from -32 to 31 and their scales (n, 16)."""
     count = len(blocks)
     low = blocks[:, :128].reshape(count, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None]
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
     high = blocks[:, 128:192].reshape(count, 2, 1, 32) >> shifts
     bits = (low & 15).reshape(count, 8, 32) | ((high & 3) << 4).reshape(count, 8, 32)
-    scale = _half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
-    values = out.reshape(count, 16, 16)
-    np.multiply(
-        bits.view(np.int8).reshape(count, 16, 16) - np.int8(32), scale[:, :, None], out=values
-    )
+    scale = half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
+    return bits.view(np.int8).reshape(count, 16, 16) - np.int8(32), scale
+
+
+def _q6_k(blocks: U8, out: F32) -> None:
+    numbers, scale = six_bits(blocks)
+    np.multiply(numbers, scale[:, :, None], out=out.reshape(numbers.shape))
 
 
 SUPPORTED: dict[int, BlockType] = {

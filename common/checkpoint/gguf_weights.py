@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
+from .gguf_blocks import SCHEMES, QuantisedRows, take_apart
 from .gguf_file import GGUFFile, GGUFTensor
 from .gguf_types import SUPPORTED
 
@@ -83,12 +84,7 @@ class GGUFWeights:
         tensor = self._tensors[name]
         columns = tensor.shape[-1]
         block = SUPPORTED[tensor.kind]
-        row_bytes = columns // block.elements * block.nbytes
-        raw = np.empty((stop - start) * row_bytes, np.uint8)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(tensor.offset + start * row_bytes)
-            if file.readinto(raw.data) != raw.nbytes:
-                raise CheckpointError(f"{self.path}: the file ends inside {tensor.name!r}.")
+        raw = self._read(tensor, start, stop)
         out = np.empty((stop - start, columns), np.float32)
         block.convert(raw.reshape(-1, block.nbytes), out.reshape(-1, block.elements))
         heads = self._heads(name)
@@ -97,6 +93,35 @@ class GGUFWeights:
         if len(tensor.shape) == 1:
             return _halves(out.reshape(-1, 1), heads).reshape(1, -1)
         return _halves(out, len(out) // self.row_step(name))
+
+    def scheme(self, name: str) -> str:
+        """The quantised type of a matrix, as in gguf_blocks.SCHEMES; "" for other tensors."""
+        tensor = self._tensors[name]
+        kind = SUPPORTED[tensor.kind].name.lower()
+        return kind if kind in SCHEMES and len(tensor.shape) == 2 else ""
+
+    def quantised_rows(self, name: str) -> QuantisedRows:
+        """The whole matrix in its stored precision; rows in Hugging Face's order."""
+        tensor = self._tensors[name]
+        rows = tensor.shape[0]
+        found = take_apart(SUPPORTED[tensor.kind], self._read(tensor, 0, rows), rows)
+        heads = self._heads(name)
+        if not heads:
+            return found
+        order = _halves(np.arange(rows, dtype=np.float32)[:, None], heads)[:, 0].astype(np.intp)
+        minimum = None if found.minimum is None else found.minimum[order]
+        return QuantisedRows(found.bits, found.q[order], found.scale[order], minimum)
+
+    def _read(self, tensor: GGUFTensor, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of rows start..stop."""
+        block = SUPPORTED[tensor.kind]
+        row_bytes = tensor.shape[-1] // block.elements * block.nbytes
+        raw = np.empty((stop - start) * row_bytes, np.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(tensor.offset + start * row_bytes)
+            if file.readinto(raw.data) != raw.nbytes:
+                raise CheckpointError(f"{self.path}: the file ends inside {tensor.name!r}.")
+        return raw
 
     def _heads(self, name: str) -> int:
         """Heads of a tensor whose rotary pairs are stored next to each other, else 0."""

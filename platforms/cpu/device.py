@@ -13,6 +13,7 @@ from ..torch_runtime.device import TorchDevice
 from .host_memory import keep_freed_memory
 from .native_library import LEVELS, Team, missing, usable_levels
 from .native_ops import Issuer
+from .step_recorder import StepRecorder
 
 CACHE_SHARE = 4
 """One part in this many of the memory left beside the weights: other programs live here too."""
@@ -104,6 +105,10 @@ class CpuDevice(TorchDevice):
 
     def synchronize(self) -> None:
         """Nothing is ever outstanding: see HostEvent."""
+
+    @property
+    def graphs(self) -> StepRecorder | None:
+        return None if self.issuer is None else StepRecorder(self.issuer)
 
     def event(self) -> HostEvent:
         return HostEvent()

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...common.checkpoint.gguf_blocks import QuantisedRows
 from ...common.errors import KernelError
 from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
@@ -16,7 +17,7 @@ from .device import CpuDevice
 from .native_attention import NativeAttention
 from .native_library import missing
 from .native_ops import NativeOps
-from .packing import PackedWeight, pack_floats, quantise_int4, quantise_int8
+from .packing import PackedWeight, pack_floats, pack_stored, quantise_int4, quantise_int8
 
 SHORTLIST = 512
 """Best tokens tried before a whole vocabulary is sorted; a top-p of 0.95 rarely needs more."""
@@ -57,7 +58,9 @@ MATRIX_OPS = {"embedding", "linear"}
 """Ops whose weight is packed at load."""
 
 
-def pack(weight: Tensor, problem: Problem) -> PackedWeight:
+def pack(weight: Tensor | QuantisedRows, problem: Problem) -> PackedWeight:
+    if isinstance(weight, QuantisedRows):
+        return pack_stored(weight)
     if problem.weights == "int8":
         return quantise_int8(weight)
     if problem.weights == "int4":

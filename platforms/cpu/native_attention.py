@@ -143,7 +143,7 @@ class NativeAttention:
         struct = self._spec(spec)
         args = (q.data_ptr(), q.stride(0), data, out.data_ptr(), struct, bound.address)
         issuer.issue(ATTENTION, rows, args)
-        if issuer.tape is not None or bound.struct.merge_count:
+        if issuer.is_recording or bound.struct.merge_count:
             issuer.issue(MERGE, rows, (out.data_ptr(), struct, bound.address))
         return out.view(rows, spec.heads, spec.head_dim)
 

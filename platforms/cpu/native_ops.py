@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,28 +19,46 @@ EMBED, RMS_NORM, ANGLES, ROPE, GATE, LINEAR, QUANTISE, KV_WRITE, ATTENTION, MERG
 SILU, GELU_TANH = 0, 1
 
 
+class NotRecorded(Exception):
+    """A step cannot be recorded; the message says what it does that instructions cannot."""
+
+
 class Issuer:
-    """Runs instructions on a team. While `tape` is a list, they are put there instead."""
+    """Runs instructions on a team; while `recording`, writes them down instead."""
 
     def __init__(self, team: Team) -> None:
         self.team = team
         self._one = (Instruction * 2)()
-        self.tape: list[Instruction] | None = None
-        self.allocate: Any = None  # while recording: (rows, width) -> Tensor
+        self._tape: list[Instruction] | None = None
+        self._allocate: Callable[[int, int], Tensor] | None = None
+        self._rows = 0  # of the step that is recorded
         self._kept: dict[Any, Any] = {}
 
+    @property
+    def is_recording(self) -> bool:
+        return self._tape is not None
+
+    @contextmanager
+    def recording(
+        self, allocate: Callable[[int, int], Tensor], rows: int
+    ) -> Iterator[list[Instruction]]:
+        """Within it, results come from `allocate` and instructions go to the list."""
+        self._tape, self._allocate, self._rows = [], allocate, rows
+        try:
+            yield self._tape
+        finally:
+            self._tape = self._allocate = None
+
     def empty(self, rows: int, width: int) -> Tensor:
-        if self.tape is not None:
-            result: Tensor = self.allocate(rows, width)
-            return result
-        return torch.empty(rows, width)
+        return torch.empty(rows, width) if self._allocate is None else self._allocate(rows, width)
 
     def issue(self, op: int, rows: int, a: Sequence[int], f: Sequence[float] = ()) -> None:
-        made = instruction(op, rows if self.tape is None else -1, a, f)
-        if self.tape is not None:
-            self.tape.append(made)
+        if self._tape is not None:
+            if rows != self._rows:
+                raise NotRecorded(f"an op works on {rows} rows for {self._rows} tokens")
+            self._tape.append(instruction(op, -1, a, f))
             return
-        self._one[0] = made
+        self._one[0] = instruction(op, rows, a, f)
         self.team.run(self._one, 1, rows)
 
     def shape(self, heads: int, kv_heads: int, dim: int, half: int) -> int:
@@ -53,9 +73,21 @@ class NativeOps:
 
     def __init__(self, issuer: Issuer) -> None:
         self._issuer = issuer
+        # The last input of a linear layer and its quantised form: q, k and v share one.
+        self._quantised: tuple[Any, Tensor] | None = None
+
+    def _codes(self, x: Tensor) -> Tensor:
+        """x (rows, k) as signed bytes with a scale per 32; made once per tensor."""
+        if self._quantised is not None and self._quantised[0]() is x:
+            return self._quantised[1]
+        rows, k = x.shape
+        codes = self._issuer.empty(rows, -(-k // GROUP) * (3 * GROUP + 12) // 4)
+        self._issuer.issue(QUANTISE, rows, (x.data_ptr(), x.stride(0), codes.data_ptr(), k))
+        self._quantised = (weakref.ref(x), codes)
+        return codes
 
     def embedding(self, ids: Tensor, table: Tensor | PackedWeight, scale: float = 1.0) -> Tensor:
-        packed = _packed(table)
+        packed = self._packed(table)
         out = self._issuer.empty(len(ids), packed.shape[1])
         self._issuer.issue(
             EMBED, len(ids), (ids.data_ptr(), packed.address(None), out.data_ptr()), (scale,)
@@ -65,16 +97,11 @@ class NativeOps:
     def linear(
         self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None
     ) -> Tensor:
-        packed = _packed(weight)
+        packed = self._packed(weight)
         x = _rows(x)
-        rows, k = x.shape
+        rows = len(x)
+        quantised = self._codes(x).data_ptr() if packed.quantised else 0
         out = self._issuer.empty(rows, packed.shape[0])
-        quantised = 0
-        if packed.quantised:
-            groups = -(-k // GROUP)
-            codes = self._issuer.empty(rows, groups * (GROUP + 8) // 4)
-            quantised = codes.data_ptr()
-            self._issuer.issue(QUANTISE, rows, (x.data_ptr(), x.stride(0), quantised, k))
         self._issuer.issue(
             LINEAR,
             rows,
@@ -88,6 +115,13 @@ class NativeOps:
             ),
         )
         return out
+
+    def _packed(self, weight: Tensor | PackedWeight) -> PackedWeight:
+        if isinstance(weight, PackedWeight):
+            return weight
+        if self._issuer.is_recording:
+            raise NotRecorded("a weight was not packed at load")
+        return packing.pack_floats(weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         shape = x.shape
@@ -180,10 +214,6 @@ class NativeOps:
         )
         self._issuer.issue(GATE, len(gate), args)
         return out
-
-
-def _packed(weight: Tensor | PackedWeight) -> PackedWeight:
-    return weight if isinstance(weight, PackedWeight) else packing.pack_floats(weight)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 float32, bfloat16, float16   (panel, k, 16)
 int8    signed bytes (panel, k/4, 16, 4); fp16 scales (panel, k/32, 16)
+        with scales per 16 k (panel, k/16, 16) in the half-group form; minimums are possible
 int4    nibbles (panel, k/8, 16, 4): byte b holds k = 8i + b low and k = 8i + 4 + b high; fp16
         scales as int8. The value is (q - 8) * scale, or q * scale - minimum with minimums.
 
@@ -18,12 +19,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from torch import Tensor
 
+from ...common.checkpoint.gguf_blocks import QuantisedRows
 from .native_library import WeightStruct
 
 PANEL = 16
 GROUP = 32
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-INT8, INT4 = 3, 4
+INT8, INT4, INT8_HALF = 3, 4, 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,7 @@ class PackedWeight:
 
     @property
     def quantised(self) -> bool:
-        return self.format in (INT8, INT4)
+        return self.format in (INT8, INT4, INT8_HALF)
 
     def address(self, bias: Tensor | None) -> int:
         """Of a WeightStruct for this matrix with this bias; lives as long as the weight."""
@@ -100,11 +102,14 @@ def quantise_int4(weight: Tensor) -> PackedWeight:
     return pack_int4(q, scale.squeeze(-1), minimum.squeeze(-1), weight.shape)
 
 
-def pack_int8(q: Tensor, scale: Tensor, shape: Any) -> PackedWeight:
-    """q (n, groups, 32) whole numbers -127..127 of any dtype, scale (n, groups) -> packed."""
+def pack_int8(q: Tensor, scale: Tensor, shape: Any, minimum: Tensor | None = None) -> PackedWeight:
+    """q (n, groups, 32) whole numbers -128..127 of any dtype; scale (n, groups) or (n, 2 * groups),
+    minimum (n, groups) -> packed."""
     n, k = shape
     panels = _pad_rows(q.to(torch.int8)).view(-1, PANEL, q.shape[1] * (GROUP // 4), 4)
-    return PackedWeight(INT8, (n, k), panels.transpose(1, 2).contiguous(), _by_panel(scale))
+    kind = INT8 if scale.shape[1] == q.shape[1] else INT8_HALF
+    mins = None if minimum is None else _by_panel(minimum)
+    return PackedWeight(kind, (n, k), panels.transpose(1, 2).contiguous(), _by_panel(scale), mins)
 
 
 def pack_int4(q: Tensor, scale: Tensor, minimum: Tensor | None, shape: Any) -> PackedWeight:
@@ -116,22 +121,30 @@ def pack_int4(q: Tensor, scale: Tensor, minimum: Tensor | None, shape: Any) -> P
     return PackedWeight(INT4, (n, k), bytes_.transpose(1, 2).contiguous(), _by_panel(scale), mins)
 
 
+def pack_stored(rows: QuantisedRows) -> PackedWeight:
+    """A checkpoint's own numbers, rearranged; scales are rounded to fp16."""
+    q, scale = torch.from_numpy(rows.q), torch.from_numpy(rows.scale)
+    minimum = None if rows.minimum is None else torch.from_numpy(rows.minimum)
+    if rows.bits == 4:
+        return pack_int4(q, scale, minimum, rows.shape)
+    return pack_int8(q, scale, rows.shape, minimum)
+
+
 def unpack(weight: PackedWeight) -> Tensor:
     """The values (n, k) float32 that the packed form stands for: the oracle of the kernels."""
     n, k = weight.shape
     if not weight.quantised:
         return weight.data.float().transpose(1, 2).reshape(-1, k)[:n]
     scale = _by_row(weight.scales)
-    if weight.format == INT8:
-        q = weight.data.transpose(1, 2).reshape(*scale.shape, GROUP).float()
-        values = q * scale.unsqueeze(-1)
-    else:
+    if weight.format == INT4:
         nibbles = torch.stack((weight.data & 15, weight.data >> 4), dim=-2)
-        q = nibbles.transpose(1, 2).reshape(*scale.shape, GROUP).float()
-        middle = q - 8 if weight.mins is None else q
-        values = middle * scale.unsqueeze(-1)
-        if weight.mins is not None:
-            values = values - _by_row(weight.mins).unsqueeze(-1)
+        q = nibbles.transpose(1, 2).reshape(len(scale), -1).float()
+        q = q - 8 if weight.mins is None else q
+    else:
+        q = weight.data.transpose(1, 2).reshape(len(scale), -1).float()
+    values = q.view(*scale.shape, -1) * scale.unsqueeze(-1)
+    if weight.mins is not None:
+        values = values.view(len(scale), -1, GROUP) - _by_row(weight.mins).unsqueeze(-1)
     return values.reshape(len(values), -1)[:n, :k].contiguous()
 
 

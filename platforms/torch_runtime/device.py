@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..interface import Decision, DeviceFacts, Event, Status, Support
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""token_ids, positions (T,) int64 -> hidden states (T, width)."""
+
+
+class Graphs(Protocol):
+    def capture(
+        self, step: Step, example: tuple[Tensor, Tensor], max_tokens: int
+    ) -> tuple[Step, Decision]:
+        """A step that does the same as `step`, for up to `max_tokens` tokens, with less host work;
+        or `step` itself. A result is valid until the next call."""
+        ...
 
 
 class TorchEvent:
@@ -88,7 +101,8 @@ class TorchDevice:
         return torch.empty(shape, dtype=dtype, device=self.torch_device)
 
     @property
-    def graphs(self) -> Any | None:
+    def graphs(self) -> Graphs | None:
+        """How this device captures a step, or None."""
         return None
 
     @property

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from ...common.decisions import DecisionLog
-from ...common.errors import OutOfMemory
+from ...common.errors import KernelError, OutOfMemory
 from ...common.ops.registry import KernelRegistry
-from ...models.base import Model, parameter_bytes
+from ...models.base import Model
+from ...models.quantization import weight_bytes as bytes_of_weights
 from ..interface import EngineSpec, ExecutorInfo, LoadProgress, Status, Support
 from ..interface_attention import AttentionBackend
 from ..interface_kernels import KernelTable, Problem
@@ -110,7 +111,7 @@ class TorchExecutor:
         register_generic(registry, device)
         if self._register is not None:
             self._register(registry)
-        quantize = spec.quantize or ""
+        quantize = self._weights(source, dtype, registry, log)
         problems = [
             *source.kernel_problems(dtype, quantize),
             *(Problem(op, dtype) for op in RUNTIME_OPS),
@@ -132,6 +133,7 @@ class TorchExecutor:
         self._runner = ModelRunner(
             model, groups, attention, ops, device, spec.max_rows, source.vocab_size
         )
+        log.extend([self._runner.capture(spec.max_step_tokens)])
         return self._info(source, plan, dtype, weight_bytes, log)
 
     def _dtype(self, source: ModelSource, log: DecisionLog) -> str:
@@ -142,9 +144,34 @@ class TorchExecutor:
         log.add("dtype", dtype, because)
         return dtype
 
+    def _weights(
+        self, source: ModelSource, dtype: str, registry: KernelRegistry, log: DecisionLog
+    ) -> str:
+        """How matrices are kept: "int8", "int4", "stored", or "" for the dtype."""
+        wanted = self._spec.quantize
+        if wanted is not None:
+            log.add("weights", dtype if wanted == "none" else wanted, "set by the user")
+            return "" if wanted == "none" else wanted
+        problems = source.kernel_problems(dtype, "stored")
+        schemes = ", ".join(sorted({p.weights for p in problems if p.weights}))
+        if not schemes:
+            log.add("weights", dtype, "the checkpoint's matrices are not quantised")
+            return ""
+        if self._spec.dtype is not None:
+            because = f"dtype was set by the user; the checkpoint stores {schemes}"
+            log.add("weights", dtype, because)
+            return ""
+        try:
+            registry.resolve(problems, self._device.facts, self._spec.kernels)
+        except KernelError as error:
+            log.add("weights", dtype, f"no kernel for {schemes}", [(schemes, str(error))])
+            return ""
+        log.add("weights", schemes, "kept as the checkpoint stores them")
+        return "stored"
+
     def _memory(self, model: Model) -> tuple[int, tuple[int, str]]:
         """Bytes of the weights, and what is left for the cache with the reason."""
-        weight_bytes = parameter_bytes(model)
+        weight_bytes = bytes_of_weights(model)
         free, _ = self._device.memory()
         fraction = self._spec.memory_fraction
         if weight_bytes > free:

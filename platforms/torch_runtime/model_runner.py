@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...models.base import Attend, Model
+from ...models.base import Model
+from ..interface import Decision
 from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable
 from ..interface_kv import KVGroup
 from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, Want
-from .device import TorchDevice
+from .device import Step, TorchDevice
 from .pools import TorchKVPool
-from .sampling_rows import select_rows
+from .sampling_rows import no_sampling, select_rows
 
 I64 = NDArray[np.int64]
 
@@ -57,11 +58,25 @@ class ModelRunner:
         self._vocab_size = vocab_size
         self._specs: Sequence[AttentionSpec] = model.attention_specs()
         self._last = torch.zeros(max_rows, dtype=torch.int64, device=device.torch_device)
+        self._bound: list[Any] = []
+        self._step: Step = self._forward
         self._place = {
             layer: (index, place)
             for index, group in enumerate(groups)
             for place, layer in enumerate(group.layers)
         }
+
+    @torch.inference_mode()
+    def capture(self, max_tokens: int) -> Decision:
+        """Let the device capture the step, tried on two tokens that go to the null pages."""
+        graphs = self._device.graphs
+        if graphs is None:
+            return Decision("step", "op by op", "this device captures nothing")
+        batch = _rehearsal([group.group.name for group in self._groups])
+        self._bind(batch)
+        example = (self._token_ids(batch), torch.arange(2, device=self._device.torch_device))
+        self._step, decision = graphs.capture(self._forward, example, max_tokens)
+        return decision
 
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> StepResult:
@@ -72,7 +87,8 @@ class ModelRunner:
         lengths = np.diff(batch.query_start)
         shift = np.repeat(batch.context_lens - batch.query_start[:-1], lengths)
         positions = (np.arange(len(shift)) + shift).astype(np.int64)
-        hidden = self._model(token_ids, self._device.to_device(positions), self._bind(batch))
+        self._bind(batch)
+        hidden = self._step(token_ids, self._device.to_device(positions))
         result = self._sample(batch, hidden)
         prompts = self._prompt_logprobs(batch, hidden)
         return StepResult(
@@ -98,18 +114,20 @@ class ModelRunner:
             tokens = tokens.index_copy(0, where, self._last[handles])
         return tokens
 
-    def _bind(self, batch: StepBatch) -> Attend:
-        backend, groups = self._attention, self._groups
-        bound = [backend.bind(backend.plan(batch, group.group)) for group in groups]
+    def _bind(self, batch: StepBatch) -> None:
+        backend = self._attention
+        self._bound = [backend.bind(backend.plan(batch, group.group)) for group in self._groups]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            index, place = self._place[layer]
-            result: Tensor = backend.run(
-                bound[index], groups[index].pool, place, q, k, v, self._specs[layer]
-            )
-            return result
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        index, place = self._place[layer]
+        result: Tensor = self._attention.run(
+            self._bound[index], self._groups[index].pool, place, q, k, v, self._specs[layer]
+        )
+        return result
 
-        return attend
+    def _forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        hidden: Tensor = self._model(token_ids, positions, self._attend)
+        return hidden
 
     def _sample(self, batch: StepBatch, hidden: Tensor) -> dict[str, Any]:
         rows = np.flatnonzero(batch.want & Want.SAMPLE)
@@ -210,3 +228,17 @@ class ModelRunner:
             self._device.to_host(part) for part in self._ops.logprobs(logits, tokens, top)
         )
         return chosen, ids.astype(np.int32), best
+
+
+def _rehearsal(groups: Sequence[str]) -> StepBatch:
+    """A step of one row and two tokens that reads and writes the null pages only."""
+    return StepBatch(
+        step=-1,
+        row_ids=np.zeros(1, np.int32),
+        token_ids=np.zeros(2, np.int32),
+        query_start=np.array([0, 2], np.int32),
+        context_lens=np.zeros(1, np.int32),
+        page_tables={name: np.zeros((1, 2), np.int32) for name in groups},
+        want=np.zeros(1, np.uint8),
+        sampling=no_sampling(1),
+    )

@@ -42,3 +42,27 @@ def select_rows(sampling: SamplingArrays, rows: NDArray[np.intp]) -> SamplingArr
         for name in value_names:
             changed[name] = getattr(sampling, name)[kept]
     return replace(sampling, **changed)
+
+
+def no_sampling(rows: int) -> SamplingArrays:
+    """Arrays of rows that ask for nothing."""
+    floats, ints = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
+    start, no_ids = np.zeros(rows + 1, np.int32), np.zeros(0, np.int32)
+    return SamplingArrays(
+        temperature=floats,
+        top_k=ints,
+        top_p=floats + 1,
+        min_p=floats,
+        repetition_penalty=floats + 1,
+        presence_penalty=floats,
+        frequency_penalty=floats,
+        uniform=np.zeros(rows),
+        logprobs=ints - 1,
+        bias_start=start,
+        bias_ids=no_ids,
+        bias_values=np.zeros(0, np.float32),
+        prompt_start=start,
+        prompt_ids=no_ids,
+        output_start=start,
+        output_ids=no_ids,
+    )

@@ -48,7 +48,7 @@ def _engine_options(command: Any) -> Any:
         click.option("--eviction", default="lru", help="Cache eviction: lru, lfu or priority."),
         click.option("--no-overlap", is_flag=True, help="End each step before the next begins."),
         click.option("--threads", type=int, help="Threads for compute on a processor."),
-        click.option("--quantize", help="Keep the weights of linear layers as int8 or int4."),
+        click.option("--quantize", help="Matrices as int8, int4, or none; else as stored."),
         click.option(
             "--kernel", "kernel", multiple=True, help="Name an op's kernel as op=provider."
         ),

@@ -50,8 +50,8 @@ def test_fused_ops_name_existing_parts() -> None:
         assert set(parts) <= OPS.keys() - {name}
 
 
-def _shifted_embedding(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    return generic.embedding((ids + 1) % len(table), table)
+def _shifted_embedding(ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
+    return generic.embedding((ids + 1) % len(table), table, scale)
 
 
 def _norm_over_one_less(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -48,12 +48,28 @@ def _int8_extremes(weight: Tensor) -> PackedWeight:
     return packing.pack_int8(q, torch.rand(n, groups), weight.shape)
 
 
+def _int8_by_sixteen(weight: Tensor) -> PackedWeight:
+    n, k = weight.shape
+    groups = -(-k // packing.GROUP)
+    q = torch.randint(-128, 128, (n, groups, packing.GROUP))
+    return packing.pack_int8(q, torch.rand(n, 2 * groups), weight.shape)
+
+
+def _int8_with_minimum(weight: Tensor) -> PackedWeight:
+    n, k = weight.shape
+    groups = -(-k // packing.GROUP)
+    q = torch.randint(0, 32, (n, groups, packing.GROUP))
+    return packing.pack_int8(q, torch.rand(n, groups), weight.shape, torch.randn(n, groups))
+
+
 FORMS: list[Callable[[Tensor], PackedWeight]] = [
     packing.pack_floats,
     _bf16,
     _f16,
     packing.quantise_int8,
     _int8_extremes,
+    _int8_by_sixteen,
+    _int8_with_minimum,
     packing.quantise_int4,
     _int4_without_minimum,
 ]

@@ -28,7 +28,7 @@ import json, re, sys
 from pathlib import Path
 import torch
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
-from sixfold.models.base import parameter_bytes
+from sixfold.models.quantization import weight_bytes
 from sixfold.models.loading import build_model, load_weights
 from sixfold.platforms.interface_kernels import Kernel, KernelTable
 from sixfold.platforms.torch_runtime.kernels import GENERIC
@@ -46,7 +46,7 @@ before = kib("VmRSS")
 load_weights(model, checkpoint, lambda tensor: tensor)
 total = sum(float(p.view(-1)[::512].sum()) for p in model.parameters())  # touch every page
 print(json.dumps({"grown": (kib("VmHWM") - before) * 1024, "private": kib("RssAnon") * 1024,
-                  "weights": parameter_bytes(model)}))
+                  "weights": weight_bytes(model)}))
 """
 
 

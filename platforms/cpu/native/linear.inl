@@ -6,8 +6,9 @@ constexpr int kParts = kPanel / W;  // vectors per panel
 constexpr int kGroup = 32;          // k that share an activation scale and a weight scale
 
 SIXFOLD_INLINE int64_t groups_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
-// A quantised row: 32 bytes per group, then one float scale and one int32 sum per group.
-SIXFOLD_INLINE int64_t quantised_row_bytes(int64_t k) { return groups_of(k) * (kGroup + 8); }
+// A quantised row, per group: 32 bytes, the same as 32 16-bit numbers (only written where a level
+// reads them), a float scale and two int32 sums (of 16 each); each kind for all groups together.
+SIXFOLD_INLINE int64_t quantised_row_bytes(int64_t k) { return groups_of(k) * (3 * kGroup + 12); }
 
 template <int F>
 SIXFOLD_INLINE nf load_weight(const void* base, int64_t at) {
@@ -47,44 +48,17 @@ static void float_tile(const Weight& w, int panel, const float* x, int64_t ldx, 
   }
 }
 
-// The integer products of one group for M rows, W outputs.
-template <int F, int M>
-SIXFOLD_INLINE void group_products(const uint8_t* data, const int8_t* const* a, int64_t at,
-                                   ni* sum) {
-  for (int m = 0; m < M; ++m) sum[m] = ni{};
-  if constexpr (F == kQ8) {
-    for (int step = 0; step < kGroup / 4; ++step) {
-      const ni w = weight_bytes(data + step * kPanel * 4);
-      for (int m = 0; m < M; ++m) {
-        int32_t four;
-        __builtin_memcpy(&four, a[m] + at + step * 4, 4);
-        sum[m] = dot_signed(sum[m], w, four);
-      }
-    }
-  } else {
-    for (int step = 0; step < kGroup / 8; ++step) {
-      const ni both = (ni)*reinterpret_cast<const vi*>(data + step * kPanel * 4);
-      const ni low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
-      for (int m = 0; m < M; ++m) {
-        int32_t four[2];
-        __builtin_memcpy(four, a[m] + at + step * 8, 8);
-        sum[m] = dot_nibble(sum[m], low, four[0]);
-        sum[m] = dot_nibble(sum[m], high, four[1]);
-      }
-    }
-  }
-}
-
-template <int F, int M>
+template <int F, int M, bool kMin>
 static void quantised_tile(const Weight& w, int panel, const int8_t* x, float* out, int64_t ldo) {
   const int64_t groups = groups_of(w.k), row = quantised_row_bytes(w.k);
-  constexpr int kGroupBytes = F == kQ8 ? kGroup * kPanel : kGroup * kPanel / 2;
-  const int8_t* a[M];
+  constexpr int kGroupBytes = F == kQ4 ? kGroup * kPanel / 2 : kGroup * kPanel;
+  Activations a[M];
   const float* scale[M];
   const int32_t* total[M];
   for (int m = 0; m < M; ++m) {
-    a[m] = x + m * row;
-    scale[m] = reinterpret_cast<const float*>(a[m] + groups * kGroup);
+    a[m].a8 = x + m * row;
+    a[m].a16 = reinterpret_cast<const int16_t*>(a[m].a8 + groups * kGroup);
+    scale[m] = reinterpret_cast<const float*>(a[m].a16 + groups * kGroup);
     total[m] = reinterpret_cast<const int32_t*>(scale[m] + groups);
   }
   const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * groups * kGroupBytes;
@@ -92,18 +66,29 @@ static void quantised_tile(const Weight& w, int panel, const int8_t* x, float* o
     const int at = panel * kPanel + p * W;
     if (at >= w.n) return;
     nf sum[M] = {};
-    for (int64_t g = 0; g < groups; ++g) {
+    if constexpr (F == kQ8Half) {
+      for (int64_t g = 0; g < 2 * groups; ++g) {
+        ni products[M];
+        products_of_bytes<M, kGroup / 2>(data + g * kGroupBytes / 2 + p * W * 4, a,
+                                         g * kGroup / 2, products);
+        const nf d = load_f16(w.scales + (panel * 2 * groups + g) * kPanel + p * W);
+        for (int m = 0; m < M; ++m)
+          sum[m] += to_float(products[m] - kOffset * total[m][g]) * (d * scale[m][g / 2]);
+      }
+    } else for (int64_t g = 0; g < groups; ++g) {
       const int64_t where = (panel * groups + g) * kPanel + p * W;
       ni products[M];
-      group_products<F, M>(data + g * kGroupBytes + p * W * 4, a, g * kGroup, products);
+      const uint8_t* here = data + g * kGroupBytes + p * W * 4;
+      if constexpr (F == kQ4) products_of_nibbles<M, kGroup>(here, a, g * kGroup, products);
+      else products_of_bytes<M, kGroup>(here, a, g * kGroup, products);
       const nf d = load_f16(w.scales + where);
       nf low{};
-      if (w.has_min) low = load_f16(w.mins + where);
-      const int middle = F == kQ8 ? kOffset : (w.has_min ? 0 : 8);
+      if constexpr (kMin) low = load_f16(w.mins + where);
+      constexpr int middle = F == kQ8 ? kOffset : (kMin ? 0 : 8);
       for (int m = 0; m < M; ++m) {
-        const nf exact = to_float(products[m] - middle * total[m][g]);
-        sum[m] += exact * (d * scale[m][g]);
-        if (w.has_min) sum[m] -= low * (scale[m][g] * static_cast<float>(total[m][g]));
+        const int32_t all = total[m][2 * g] + total[m][2 * g + 1];
+        sum[m] += to_float(products[m] - middle * all) * (d * scale[m][g]);
+        if constexpr (kMin) sum[m] -= low * (scale[m][g] * static_cast<float>(all));
       }
     }
     const int count = w.n - at;
@@ -122,9 +107,10 @@ constexpr int kFloatRows = W == 16 ? 12 : (W == 8 ? 6 : 4);
 template <int F, int M>
 SIXFOLD_INLINE void tile(const Weight& w, int panel, const Instruction& c, int64_t row) {
   float* out = reinterpret_cast<float*>(c.a[3]) + row * c.a[4];
-  if constexpr (F == kQ8 || F == kQ4) {
+  if constexpr (F >= kQ8) {
     const int8_t* x = reinterpret_cast<const int8_t*>(c.a[5]) + row * quantised_row_bytes(w.k);
-    quantised_tile<F, M>(w, panel, x, out, c.a[4]);
+    if (w.has_min) quantised_tile<F, M, true>(w, panel, x, out, c.a[4]);
+    else quantised_tile<F, M, false>(w, panel, x, out, c.a[4]);
   } else {
     float_tile<F, M>(w, panel, reinterpret_cast<const float*>(c.a[0]) + row * c.a[1], c.a[1], out,
                      c.a[4]);
@@ -134,7 +120,7 @@ SIXFOLD_INLINE void tile(const Weight& w, int panel, const Instruction& c, int64
 template <int F>
 static void linear_block(const Weight& w, const Instruction& c, int panel_first, int panel_last,
                          int64_t row_first, int64_t row_last) {
-  constexpr int kRows = (F == kQ8 || F == kQ4) ? kTileRows : kFloatRows;
+  constexpr int kRows = F >= kQ8 ? kTileRows : kFloatRows;
   for (int64_t row = row_first; row < row_last;) {
     const int64_t left = row_last - row;
     for (int panel = panel_first; panel < panel_last; ++panel) {
@@ -154,7 +140,7 @@ struct LinearSplit {
 
 SIXFOLD_INLINE LinearSplit split_linear(const Weight& w, int64_t rows) {
   const int panels = (w.n + kPanel - 1) / kPanel;
-  constexpr int64_t kBytes[] = {64, 32, 32, 17, 10};
+  constexpr int64_t kBytes[] = {64, 32, 32, 17, 10, 18};
   const int64_t panel_bytes = w.k * kBytes[w.format];
   int64_t block = (rows <= 16 ? 96 << 10 : 192 << 10) / panel_bytes;
   block = block < 1 ? 1 : block;
@@ -186,13 +172,15 @@ static void linear_run(const Instruction& c, const Step& step, int task) {
     case kBF16: return linear_block<kBF16>(w, c, first, last, row, stop);
     case kF16: return linear_block<kF16>(w, c, first, last, row, stop);
     case kQ8: return linear_block<kQ8>(w, c, first, last, row, stop);
+    case kQ8Half: return linear_block<kQ8Half>(w, c, first, last, row, stop);
     default: return linear_block<kQ4>(w, c, first, last, row, stop);
   }
 }
 
 static void quantise_row(const float* x, int64_t width, int8_t* out) {
   const int64_t groups = groups_of(width);
-  float* scales = reinterpret_cast<float*>(out + groups * kGroup);
+  int16_t* wide = reinterpret_cast<int16_t*>(out + groups * kGroup);
+  float* scales = reinterpret_cast<float*>(wide + groups * kGroup);
   int32_t* totals = reinterpret_cast<int32_t*>(scales + groups);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t at = g * kGroup;
@@ -203,14 +191,15 @@ static void quantise_row(const float* x, int64_t width, int8_t* out) {
       most = size > most ? size : most;
     }
     const float inverse = most > 0 ? 127.0f / most : 0.0f;
-    int32_t total = 0;
+    int32_t total[2] = {0, 0};
     for (int i = 0; i < kGroup; ++i) {
       const float scaled = i < count ? x[at + i] * inverse : 0.0f;
       const int32_t value = static_cast<int32_t>(__builtin_rintf(scaled));
       out[at + i] = static_cast<int8_t>(value);
-      total += value;
+      if (kWide) wide[at + i] = static_cast<int16_t>(value);
+      total[i / (kGroup / 2)] += value;
     }
     scales[g] = most / 127.0f;
-    totals[g] = total;
+    totals[2 * g] = total[0], totals[2 * g + 1] = total[1];
   }
 }

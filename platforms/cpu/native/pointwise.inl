@@ -17,18 +17,21 @@ SIXFOLD_INLINE float weight_at(const Weight& w, int64_t row, int64_t k) {
   }
   const int64_t g = k / kGroup, in = k % kGroup;
   const uint8_t* data = static_cast<const uint8_t*>(w.data);
-  alignas(64) uint16_t d[W] = {w.scales[(panel * groups + g) * kPanel + lane]};
+  const int64_t scale_at = w.format == kQ8Half ? panel * 2 * groups + k / (kGroup / 2)
+                                               : panel * groups + g;
+  alignas(64) uint16_t d[W] = {w.scales[scale_at * kPanel + lane]};
   const float scale = load_f16(d)[0];
-  if (w.format == kQ8) {
+  alignas(64) uint16_t m[W] = {0};
+  if (w.has_min) m[0] = w.mins[(panel * groups + g) * kPanel + lane];
+  const float low = load_f16(m)[0];
+  if (w.format != kQ4) {
     const uint8_t* group = data + (panel * groups + g) * kGroup * kPanel;
-    return scale * static_cast<int8_t>(group[(in / 4 * kPanel + lane) * 4 + in % 4]);
+    return scale * static_cast<int8_t>(group[(in / 4 * kPanel + lane) * 4 + in % 4]) - low;
   }
   const uint8_t* group = data + (panel * groups + g) * kGroup * kPanel / 2;
   const uint8_t byte = group[(in / 8 * kPanel + lane) * 4 + in % 4];
   const int q = in % 8 < 4 ? byte & 15 : byte >> 4;
-  if (!w.has_min) return scale * (q - 8);
-  alignas(64) uint16_t m[W] = {w.mins[(panel * groups + g) * kPanel + lane]};
-  return scale * q - load_f16(m)[0];
+  return w.has_min ? scale * q - low : scale * (q - 8);
 }
 
 static void embed_row(const Instruction& c, int64_t t) {

@@ -26,13 +26,13 @@ struct Instruction {
   float f[4];
 };
 
-enum Format : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4 };
+enum Format : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4, kQ8Half = 5 };
 
 // A matrix (n, k) in panels of 16 rows; see packed layouts in docs/contracts/cpu-native.md.
 struct Weight {
   int32_t format, n, k, has_min;
   const void* data;
-  const uint16_t* scales;  // fp16 (panels, groups, 16); null for unquantised formats
+  const uint16_t* scales;  // fp16 (panels, groups, 16), kQ8Half two a group; null for unquantised formats
   const uint16_t* mins;    // as scales, or null
   const float* bias;       // (n,) or null
 };

@@ -19,7 +19,8 @@ typedef int32_t ni __attribute__((vector_size(4 * W)));
 
 SIXFOLD_INLINE nf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
 SIXFOLD_INLINE void store(float* p, nf v) { *reinterpret_cast<vf*>(p) = v; }
-SIXFOLD_INLINE nf splat(float x) { return nf{} + x; }
+// x - 0 and not 0 + x: compilers drop only the former, for which -0 stays what it is.
+SIXFOLD_INLINE nf splat(float x) { return x - nf{}; }
 SIXFOLD_INLINE ni splat_int(int32_t x) { return ni{} + x; }
 SIXFOLD_INLINE nf to_float(ni v) { return __builtin_convertvector(v, nf); }
 SIXFOLD_INLINE nf choose(ni mask, nf a, nf b) {
@@ -77,66 +78,115 @@ SIXFOLD_INLINE nf exp_of(nf x) {
   return choose(tiny, nf{}, p * (nf)power);
 }
 
-// Sums of products of signed bytes: lanes are outputs, each lane holds four k. `kOffset` is what
-// the level adds to every weight (VNNI multiplies unsigned by signed); the caller takes
-// kOffset * sum(a) off again.
-#if defined(__AVX512VNNI__) && defined(__AVX512F__)
-constexpr int kOffset = 128;
-SIXFOLD_INLINE ni weight_bytes(const void* p) {
-  return (ni)_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
+// A quantised row of activations: bytes, and where the level multiplies 16-bit numbers also those.
+struct Activations {
+  const int8_t* a8;
+  const int16_t* a16;
+};
+
+SIXFOLD_INLINE int32_t four_bytes(const int8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return four;
 }
-SIXFOLD_INLINE ni dot_signed(ni sum, ni w, int32_t a) {
+
+// Keeps a sum in its register: left alone, GCC regroups unrolled integer sums and spills most.
+#define SIXFOLD_KEEP(sum) asm("" : "+x"(sum))
+
+constexpr int kStride = 64;  // bytes from one step of four (or eight) k to the next: 16 outputs
+
+// products_of_bytes: sums over K k of signed weights times activations, lanes are outputs.
+// products_of_nibbles: the same for weights 0..15.
+// kOffset is what the level adds to every signed weight (VNNI multiplies unsigned by signed); the
+// caller takes kOffset * sum(a) off again.
+#if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
+constexpr int kOffset = 0;
+constexpr bool kWide = true;
+
+// Bytes widened to 16 bits: a byte product needs three instructions here and a 16-bit one needs two.
+template <int M, int K>
+SIXFOLD_INLINE void products_of_bytes(const uint8_t* w, const Activations* x, int64_t at, ni* sum) {
+  __m256i low[M], high[M];
+  for (int m = 0; m < M; ++m) low[m] = high[m] = _mm256_setzero_si256();
+  for (int step = 0; step < K / 4; ++step, w += kStride) {
+    const __m256i first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w));
+    const __m256i second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + 16)));
+    for (int m = 0; m < M; ++m) {
+      const __m256i a = _mm256_castpd_si256(
+          _mm256_broadcast_sd((const double*)(x[m].a16 + at + step * 4)));
+      low[m] = _mm256_add_epi32(low[m], _mm256_madd_epi16(first, a));
+      high[m] = _mm256_add_epi32(high[m], _mm256_madd_epi16(second, a));
+      SIXFOLD_KEEP(low[m]);
+      SIXFOLD_KEEP(high[m]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    sum[m] = (ni)_mm256_permute4x64_epi64(_mm256_hadd_epi32(low[m], high[m]), 0xd8);
+}
+
+// At most 8 * 2 * 15 * 127 = 30480: a group's sum fits 16 bits.
+template <int M, int K>
+SIXFOLD_INLINE void products_of_nibbles(const uint8_t* w, const Activations* x, int64_t at,
+                                        ni* sum) {
+  static_assert(K <= 32);
+  __m256i pairs[M];
+  for (int m = 0; m < M; ++m) pairs[m] = _mm256_setzero_si256();
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int step = 0; step < K / 8; ++step, w += kStride) {
+    const __m256i both = _mm256_loadu_si256((const __m256i*)w);
+    const __m256i low = _mm256_and_si256(both, mask);
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+    for (int m = 0; m < M; ++m) {
+      const int8_t* a = x[m].a8 + at + step * 8;
+      const __m256i one = _mm256_maddubs_epi16(low, _mm256_set1_epi32(four_bytes(a)));
+      const __m256i two = _mm256_maddubs_epi16(high, _mm256_set1_epi32(four_bytes(a + 4)));
+      pairs[m] = _mm256_add_epi16(pairs[m], _mm256_add_epi16(one, two));
+      SIXFOLD_KEEP(pairs[m]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    sum[m] = (ni)_mm256_madd_epi16(pairs[m], _mm256_set1_epi16(1));
+}
+#else
+constexpr bool kWide = false;
+#if defined(__AVX512VNNI__)
+constexpr int kOffset = 128;
+SIXFOLD_INLINE ni dot_unsigned(ni sum, ni w, int32_t a) {
   return (ni)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(a));
 }
-SIXFOLD_INLINE ni dot_nibble(ni sum, ni w, int32_t a) { return dot_signed(sum, w, a); }
+SIXFOLD_INLINE ni dot_signed(ni sum, ni w, int32_t a) {
+  return dot_unsigned(sum, w ^ splat_int(0x80808080), a);
+}
 #elif defined(__AVXVNNI__)
 constexpr int kOffset = 128;
-SIXFOLD_INLINE ni weight_bytes(const void* p) {
-  return (ni)_mm256_xor_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi8(-128));
-}
-SIXFOLD_INLINE ni dot_signed(ni sum, ni w, int32_t a) {
+SIXFOLD_INLINE ni dot_unsigned(ni sum, ni w, int32_t a) {
   return (ni)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, _mm256_set1_epi32(a));
 }
-SIXFOLD_INLINE ni dot_nibble(ni sum, ni w, int32_t a) { return dot_signed(sum, w, a); }
+SIXFOLD_INLINE ni dot_signed(ni sum, ni w, int32_t a) {
+  return dot_unsigned(sum, w ^ splat_int(0x80808080), a);
+}
 #elif defined(__AVX512BW__)
 constexpr int kOffset = 0;
-SIXFOLD_INLINE ni weight_bytes(const void* p) { return (ni)_mm512_loadu_si512(p); }
-SIXFOLD_INLINE ni dot_nibble(ni sum, ni w, int32_t a) {
+SIXFOLD_INLINE ni dot_unsigned(ni sum, ni w, int32_t a) {
   const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(a));
   return sum + (ni)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
 SIXFOLD_INLINE ni dot_signed(ni sum, ni w, int32_t a) {
+  // |w| * (a with w's sign): at most 2 * 128 * 127 a pair, so the 16-bit sum cannot saturate.
   const __m512i all = _mm512_set1_epi32(a);
   const __mmask64 negative = _mm512_movepi8_mask((__m512i)w);
   const __m512i turned = _mm512_mask_sub_epi8(all, negative, _mm512_setzero_si512(), all);
   const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8((__m512i)w), turned);
   return sum + (ni)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
-#elif defined(__AVX2__)
-constexpr int kOffset = 0;
-SIXFOLD_INLINE ni weight_bytes(const void* p) {
-  return (ni)_mm256_loadu_si256((const __m256i*)p);
-}
-SIXFOLD_INLINE ni dot_nibble(ni sum, ni w, int32_t a) {
-  const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(a));
-  return sum + (ni)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-SIXFOLD_INLINE ni dot_signed(ni sum, ni w, int32_t a) {
-  // |w| * (a with w's sign): at most 2 * 128 * 127 a pair, so the 16-bit sum cannot saturate.
-  const __m256i turned = _mm256_sign_epi8(_mm256_set1_epi32(a), (__m256i)w);
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), turned);
-  return sum + (ni)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
 #elif defined(__ARM_FEATURE_DOTPROD)
 constexpr int kOffset = 0;
-SIXFOLD_INLINE ni weight_bytes(const void* p) { return (ni)vld1q_s32((const int32_t*)p); }
 SIXFOLD_INLINE ni dot_signed(ni sum, ni w, int32_t a) {
   return (ni)vdotq_s32((int32x4_t)sum, (int8x16_t)w, vreinterpretq_s8_s32(vdupq_n_s32(a)));
 }
-SIXFOLD_INLINE ni dot_nibble(ni sum, ni w, int32_t a) { return dot_signed(sum, w, a); }
+SIXFOLD_INLINE ni dot_unsigned(ni sum, ni w, int32_t a) { return dot_signed(sum, w, a); }
 #else
 constexpr int kOffset = 0;
-SIXFOLD_INLINE ni weight_bytes(const void* p) { return (ni)*reinterpret_cast<const vi*>(p); }
 SIXFOLD_INLINE ni dot_signed(ni sum, ni w, int32_t a) {
   const ni all = splat_int(a);
   sum += ((w << 24) >> 24) * ((all << 24) >> 24);
@@ -144,5 +194,31 @@ SIXFOLD_INLINE ni dot_signed(ni sum, ni w, int32_t a) {
   sum += ((w << 8) >> 24) * ((all << 8) >> 24);
   return sum + (w >> 24) * (all >> 24);
 }
-SIXFOLD_INLINE ni dot_nibble(ni sum, ni w, int32_t a) { return dot_signed(sum, w, a); }
+SIXFOLD_INLINE ni dot_unsigned(ni sum, ni w, int32_t a) { return dot_signed(sum, w, a); }
+#endif
+
+template <int M, int K>
+SIXFOLD_INLINE void products_of_bytes(const uint8_t* w, const Activations* x, int64_t at, ni* sum) {
+  for (int m = 0; m < M; ++m) sum[m] = ni{};
+  for (int step = 0; step < K / 4; ++step, w += kStride) {
+    const ni four = (ni)*reinterpret_cast<const vi*>(w);
+    for (int m = 0; m < M; ++m)
+      sum[m] = dot_signed(sum[m], four, four_bytes(x[m].a8 + at + step * 4));
+  }
+}
+
+template <int M, int K>
+SIXFOLD_INLINE void products_of_nibbles(const uint8_t* w, const Activations* x, int64_t at,
+                                        ni* sum) {
+  for (int m = 0; m < M; ++m) sum[m] = ni{};
+  for (int step = 0; step < K / 8; ++step, w += kStride) {
+    const ni both = (ni)*reinterpret_cast<const vi*>(w);
+    const ni low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
+    for (int m = 0; m < M; ++m) {
+      const int8_t* a = x[m].a8 + at + step * 8;
+      sum[m] = dot_unsigned(sum[m], low, four_bytes(a));
+      sum[m] = dot_unsigned(sum[m], high, four_bytes(a + 4));
+    }
+  }
+}
 #endif

@@ -1,0 +1,45 @@
+"""Which form the matrices of a model are kept in.
+
+A scheme belongs to a layer: "int8" and "int4" are made on load, the others are types that a
+checkpoint stores and that are kept as they are. Kernels that take a scheme say so in `requires`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .base import Model
+from .layers import Embedding, Layer, Linear
+
+BITS = {
+    "int8": 8.5, "int4": 5.0, "q4_0": 4.5, "q4_1": 5.0, "q4_k": 5.0, "q5_0": 8.5, "q5_1": 9.0,
+    "q5_k": 9.0, "q6_k": 9.0, "q8_0": 8.5,
+}  # fmt: skip
+"""Bits that a weight takes in memory, scales included, at most."""
+
+MADE_ON_LOAD = ("int8", "int4")
+
+
+def assign_schemes(model: Model, quantize: str, stored: Mapping[str, str]) -> None:
+    """`quantize`: "int8" or "int4" for every matrix; "stored" takes `stored`, parameter name ->
+    scheme; "" leaves all in the weights' dtype."""
+    for name, module in model.named_modules():
+        if not isinstance(module, Layer):
+            continue
+        if quantize in MADE_ON_LOAD:
+            module.scheme = quantize
+        elif quantize == "stored":
+            module.scheme = stored.get(f"{name}.weight", "")
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of all distinct parameters as they will be kept (tied tensors count once)."""
+    seen: dict[int, float] = {}
+    for module in model.modules():
+        matrix = module.weight if isinstance(module, Linear | Embedding) else None
+        bits = BITS.get(module.scheme) if isinstance(module, Layer) else None
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            size = tensor.element_size() * 8
+            quantised = bits is not None and tensor is matrix
+            seen[id(tensor)] = tensor.numel() * (bits if quantised and bits else size) / 8
+    return int(sum(seen.values()))
