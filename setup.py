@@ -3,45 +3,30 @@ flags. Without a working C++ compiler the package installs without them and says
 
 from __future__ import annotations
 
-import platform
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+sys.path.insert(0, str(Path(__file__).parent))  # build front ends do not
+from native_build import COMMON_FLAGS, defines_for, levels_for, machine
+
 NATIVE = Path("platforms/cpu/native")
-MACHINE = platform.machine().lower()
-X86 = MACHINE in ("x86_64", "amd64")
-ARM64 = MACHINE in ("aarch64", "arm64")
-_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-LEVELS: dict[str, list[str]] = {"portable": []}
-if X86:
-    LEVELS |= {
-        "avx2": _AVX2,
-        "avxvnni": [*_AVX2, "-mavxvnni"],
-        "avx512": _AVX512,
-        "avx512vnni": [*_AVX512, "-mavx512vnni"],
-    }
-if ARM64:
-    LEVELS |= {"neon": [], "neondot": ["-march=armv8.2-a+dotprod"]}
-FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-pthread"]
-DEFINES = [("SIXFOLD_X86", "1")] if X86 else [("SIXFOLD_ARM64", "1")] if ARM64 else []
 
 
 class BuildLevels(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        sources = [(f"level_{name}.cpp", flags) for name, flags in LEVELS.items()]
+        sources = [(f"level_{name}.cpp", flags) for name, flags in levels_for(machine()).items()]
         sources += [("team.cpp", []), ("api.cpp", [])]
         objects = []
         for name, flags in sources:
             objects += self.compiler.compile(
                 [str(NATIVE / name)],
                 output_dir=self.build_temp,
-                macros=DEFINES,
+                macros=defines_for(machine()),
                 include_dirs=[str(NATIVE)],
-                extra_postargs=[*FLAGS, *flags],
+                extra_postargs=[*COMMON_FLAGS, *flags],
                 depends=ext.depends,
             )
         self.compiler.link_shared_object(

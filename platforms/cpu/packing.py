@@ -160,7 +160,8 @@ def _divide(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _pad_rows(q: Tensor) -> Tensor:
-    return F.pad(q, (0, 0, 0, 0, 0, -len(q) % PANEL)).contiguous()
+    missing = -len(q) % PANEL
+    return F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q.contiguous()
 
 
 def _by_panel(values: Tensor) -> Tensor:

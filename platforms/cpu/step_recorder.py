@@ -51,6 +51,11 @@ class _OnlyViews(TorchDispatchMode):
     """Refuses every torch operation that does more than name memory anew: a recording would miss
     it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's compiler would be imported to be told to stay away: two seconds of start-up."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

@@ -150,7 +150,8 @@ class TorchExecutor:
         """How matrices are kept: "int8", "int4", "stored", or "" for the dtype."""
         wanted = self._spec.quantize
         if wanted is not None:
-            log.add("weights", dtype if wanted == "none" else wanted, "set by the user")
+            ends = "; the embedding and the head are int8" if wanted == "int4" else ""
+            log.add("weights", dtype if wanted == "none" else wanted, f"set by the user{ends}")
             return "" if wanted == "none" else wanted
         problems = source.kernel_problems(dtype, "stored")
         schemes = ", ".join(sorted({p.weights for p in problems if p.weights}))
