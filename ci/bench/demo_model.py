@@ -1,33 +1,39 @@
-"""The demo model in the forms that peers read: a Hugging Face directory and a GGUF, both float32.
+"""The demo model in the forms that peers read: a Hugging Face directory in float32, and GGUF files
+in float32, in Q8_0 (made from the same values) and as it is distributed (Q4_1).
 
-python ci/bench/demo_model.py FOLDER    -> FOLDER/hf, FOLDER/demo-f32.gguf
+python ci/bench/demo_model.py FOLDER    -> FOLDER/hf, FOLDER/demo-{f32,q8_0,q4_1}.gguf
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 
-def write_f32_gguf(source: Path, target: Path) -> None:
-    """Copy every metadata field; store every tensor dequantised."""
+def write_gguf(source: Path, target: Path, kind: GGMLQuantizationType) -> None:
+    """Copy every metadata field; store matrices as `kind`, vectors in float32."""
     reader = GGUFReader(source)
     field = reader.get_field("general.architecture")
     writer = GGUFWriter(target, field.contents())
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
-        kind = field.types[0]
+        value_kind = field.types[0]
         value = 0 if field.name == "general.file_type" else field.contents()
-        sub = field.types[-1] if kind == GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, value, kind, sub_type=sub)
+        sub = field.types[-1] if value_kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, value, value_kind, sub_type=sub)
     for tensor in reader.tensors:
         data = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, np.ascontiguousarray(data, np.float32))
+        data = np.ascontiguousarray(data, np.float32)
+        if data.ndim == 1 or kind == GGMLQuantizationType.F32:
+            writer.add_tensor(tensor.name, data)
+        else:
+            writer.add_tensor(tensor.name, gguf.quants.quantize(data, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -53,8 +59,12 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     source = resolve_model("")
-    if not (folder / "demo-f32.gguf").exists():
-        write_f32_gguf(source, folder / "demo-f32.gguf")
+    for kind in (GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0):
+        target = folder / f"demo-{kind.name.lower()}.gguf"
+        if not target.exists():
+            write_gguf(source, target, kind)
+    if not (folder / "demo-q4_1.gguf").exists():
+        shutil.copy(source, folder / "demo-q4_1.gguf")
     if not (folder / "hf" / "config.json").exists():
         write_hf_directory(source, folder / "hf")
 

@@ -1,7 +1,10 @@
-"""Sixfold against its peers: same model, same dtype, same run, rounds interleaved, texts compared.
+"""Sixfold against its peers: same model and weights, same run, rounds interleaved, texts compared.
 
     python ci/bench/demo_model.py /tmp/demo
     python ci/bench/peers.py --models /tmp/demo --llama-server PATH --out bench.json
+
+`--weights q8_0` and `q4_1` give Sixfold and llama.cpp the same quantised file; transformers has
+float32 only.
 
 A peer whose program is not there is left out and named. Needs two free gigabytes per peer.
 """
@@ -39,13 +42,18 @@ class Peer:
 
 def peers(asked: argparse.Namespace) -> list[Peer]:
     threads = str(os.cpu_count())
-    gguf, hf = str(asked.models / "demo-f32.gguf"), str(asked.models / "hf")
+    gguf, hf = str(asked.models / f"demo-{asked.weights}.gguf"), str(asked.models / "hf")
     here = Path(sys.executable).parent
     fp32 = ("--dtype", "float32")
-    ours = (str(here / "sixfold"), "serve", gguf, *fp32, "--served-model-name", "demo")
+    exact = asked.weights == "f32"
+    ours = (str(here / "sixfold"), "serve", gguf, "--served-model-name", "demo")
+    if exact:
+        ours = (*ours, *fp32)
     theirs = (str(here / "transformers"), "serve", hf, "--device", "cpu", *fp32)
     llama = (str(asked.llama_server or "llama-server"), "-m", gguf, "--jinja", "-t", threads)
-    cache = ("-np", "32", "-c", "65536", "--cache-type-k", "f32", "--cache-type-v", "f32")
+    cache: tuple[str, ...] = ("-np", "32", "-c", "65536")
+    if exact:
+        cache = (*cache, "--cache-type-k", "f32", "--cache-type-v", "f32")
     known = [
         Peer("sixfold", ours, 8101, "demo"),
         Peer("sixfold-no-tree", (*ours, "--no-prefix-cache"), 8105, "demo"),
@@ -129,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=Path, required=True, help="folder made by demo_model.py")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server binary")
+    parser.add_argument("--weights", choices=("f32", "q8_0", "q4_1"), default="f32")
     parser.add_argument("--peers", default="", help="comma-separated names; empty = all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workloads", default="ABCDW")

@@ -4,7 +4,8 @@
 // results that `merge_row` joins.
 
 constexpr int kKeys = 64;  // keys of a block of logits
-constexpr int kQueryRows = 64;
+constexpr int kQueryRows = 96;
+constexpr int kFewRows = 6;  // below, turning the keys costs more than it saves
 
 struct Piece {
   int32_t row, query_first, query_last, key_first, key_last;
@@ -61,54 +62,66 @@ SIXFOLD_INLINE void values_tile(const float* weights, const float* const* values
 }
 
 // With few query rows turning the keys would cost more than the products: lanes are dimensions.
-static void logits_direct(const float* q, const float* const* keys, int count, int dim,
-                          float* out) {
-  int j = 0;
-  for (; j + 4 <= count; j += 4) {
-    nf sum[4] = {};
-    int d = 0;
-    for (; d + W <= dim; d += W) {
-      const nf x = load(q + d);
-      for (int i = 0; i < 4; ++i) sum[i] += x * load(keys[j + i] + d);
+template <int M>
+SIXFOLD_INLINE void logits_direct(const float* const* q, const float* const* keys, int count,
+                                  int dim, float* out) {
+  for (int j = 0; j < count; j += W) {
+    nf sums[M][W] = {};
+    float rest[M][W] = {};
+    for (int i = 0; i < W && j + i < count; i += 2) {
+      const float* first = keys[j + i];
+      const float* second = keys[j + i + 1 < count ? j + i + 1 : j + i];
+      nf a[M] = {}, b[M] = {};
+      int d = 0;
+      for (; d + W <= dim; d += W) {
+        const nf x = load(first + d), y = load(second + d);
+        for (int m = 0; m < M; ++m) {
+          const nf query = load(q[m] + d);
+          a[m] += query * x, b[m] += query * y;
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        sums[m][i] = a[m], sums[m][i + 1] = b[m];
+        for (int e = d; e < dim; ++e)
+          rest[m][i] += q[m][e] * first[e], rest[m][i + 1] += q[m][e] * second[e];
+      }
     }
-    for (int i = 0; i < 4; ++i) {
-      float total = sum_of(sum[i]);
-      for (int e = d; e < dim; ++e) total += q[e] * keys[j + i][e];
-      out[j + i] = total;
-    }
-  }
-  for (; j < count; ++j) {
-    float total = 0;
-    for (int d = 0; d < dim; ++d) total += q[d] * keys[j][d];
-    out[j] = total;
+    for (int m = 0; m < M; ++m) store(out + m * kKeys + j, sums_of(sums[m]) + load(rest[m]));
   }
 }
 
 // Raw products to softmax weights in place; updates the row's running maximum and sum.
+// `logits` may hold anything outside first..last; there the weights are 0.
 static float weigh(float* logits, int first, int last, const AttentionSpec& s, float* best,
                    float* total) {
-  float top = *best;
-  for (int j = first; j < last; ++j) {
-    float x = logits[j] * s.scale;
-    if (s.soft_cap > 0) x = s.soft_cap * __builtin_tanhf(x / s.soft_cap);
-    logits[j] = x;
-    top = x > top ? x : top;
+  if (first >= last) {
+    for (int j = 0; j < kKeys; j += W) store(logits + j, nf{});
+    return 1.0f;
   }
-  for (int j = 0; j < first; ++j) logits[j] = 0;
-  for (int j = last; j < kKeys; ++j) logits[j] = 0;
-  if (first >= last) return 1.0f;
-  const float keep = *best == -__builtin_inff() ? 0.0f : exp_of(splat(*best - top))[0];
+  ni lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  const nf lowest = splat(-__builtin_inff());
+  nf top = lowest;
+  for (int j = 0; j < kKeys; j += W) {
+    nf x = load(logits + j) * s.scale;
+    if (s.soft_cap > 0)
+      for (int i = 0; i < W; ++i) x[i] = s.soft_cap * __builtin_tanhf(x[i] / s.soft_cap);
+    const ni position = lane + j;
+    x = choose((position >= first) & (position < last), x, lowest);
+    store(logits + j, x);
+    top = max_of(top, x);
+  }
+  const float previous = *best, highest = max_lane(top);
+  const float peak = highest > previous ? highest : previous;
+  const float keep = previous == -__builtin_inff() ? 0.0f : exp_of(splat(previous - peak))[0];
   nf sums{};
-  const int from = first / W * W;
-  for (int j = from; j < last; j += W) {
-    nf e = exp_of(load(logits + j) - top);
-    for (int i = 0; i < W; ++i)
-      if (j + i < first || j + i >= last) e[i] = 0;
-    sums += e;
-    store(logits + j, e);
+  for (int j = 0; j < kKeys; j += W) {
+    const nf weight = exp_of(load(logits + j) - peak);
+    sums += weight;
+    store(logits + j, weight);
   }
   *total = *total * keep + sum_of(sums);
-  *best = top;
+  *best = peak;
   return keep;
 }
 
@@ -152,13 +165,13 @@ static void attend_piece(const Instruction& c, const AttentionSpec& s, const Att
         keys[j] = pool + slot * token_floats + kv_head * dim;
         values[j] = keys[j] + s.kv_heads * dim;
       }
-      if (rows < 6) {
-        for (int i = 0; i < rows; ++i) logits_direct(q[i], keys, count, dim, logits + i * kKeys);
+      if (rows < kFewRows) {
+        int i = 0;
+        for (; i + 3 <= rows; i += 3) logits_direct<3>(q + i, keys, count, dim, logits + i * kKeys);
+        for (; i < rows; ++i) logits_direct<1>(q + i, keys, count, dim, logits + i * kKeys);
       } else {
-        for (int d = 0; d < dim; ++d) {
-          for (int j = 0; j < count; ++j) turned[d * kKeys + j] = keys[j][d];
-          for (int j = count; j < kKeys; ++j) turned[d * kKeys + j] = 0;
-        }
+        for (int j = 0; j < count; ++j)
+          for (int d = 0; d < dim; ++d) turned[d * kKeys + j] = keys[j][d];
         int i = 0;
         for (; i + 4 <= rows; i += 4) logits_tile<4>(q + i, turned, dim, logits + i * kKeys);
         for (; i < rows; ++i) logits_tile<1>(q + i, turned, dim, logits + i * kKeys);
@@ -174,6 +187,8 @@ static void attend_piece(const Instruction& c, const AttentionSpec& s, const Att
       int i = 0;
       for (; i + 4 <= rows; i += 4)
         values_tile<4>(logits + i * kKeys, values, count, dim, keep + i, out + i * dim);
+      for (; i + 3 <= rows; i += 3)
+        values_tile<3>(logits + i * kKeys, values, count, dim, keep + i, out + i * dim);
       for (; i < rows; ++i)
         values_tile<1>(logits + i * kKeys, values, count, dim, keep + i, out + i * dim);
     }

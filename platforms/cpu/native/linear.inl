@@ -177,6 +177,16 @@ static void linear_run(const Instruction& c, const Step& step, int task) {
   }
 }
 
+typedef int8_t bytes_w __attribute__((vector_size(W)));
+typedef int16_t shorts_w __attribute__((vector_size(2 * W)));
+
+SIXFOLD_INLINE int32_t sum_of_ints(ni v) {
+  int32_t total = 0;
+  for (int i = 0; i < W; ++i) total += v[i];
+  return total;
+}
+
+// Rounds to nearest, ties to even. Infinities and NaN in the row give a row of no meaning.
 static void quantise_row(const float* x, int64_t width, int8_t* out) {
   const int64_t groups = groups_of(width);
   int16_t* wide = reinterpret_cast<int16_t*>(out + groups * kGroup);
@@ -184,22 +194,34 @@ static void quantise_row(const float* x, int64_t width, int8_t* out) {
   int32_t* totals = reinterpret_cast<int32_t*>(scales + groups);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t at = g * kGroup;
-    const int count = static_cast<int>(width - at < kGroup ? width - at : kGroup);
-    float most = 0;
-    for (int i = 0; i < count; ++i) {
-      const float size = __builtin_fabsf(x[at + i]);
-      most = size > most ? size : most;
+    float padded[kGroup] = {};
+    const float* from = x + at;
+    if (width - at < kGroup) {
+      for (int i = 0; i < width - at; ++i) padded[i] = from[i];
+      from = padded;
     }
+    nf largest{};
+    for (int i = 0; i < kGroup; i += W) {
+      const nf v = load(from + i);
+      largest = max_of(max_of(v, -v), largest);
+    }
+    const float most = max_lane(largest);
     const float inverse = most > 0 ? 127.0f / most : 0.0f;
-    int32_t total[2] = {0, 0};
-    for (int i = 0; i < kGroup; ++i) {
-      const float scaled = i < count ? x[at + i] * inverse : 0.0f;
-      const int32_t value = static_cast<int32_t>(__builtin_rintf(scaled));
-      out[at + i] = static_cast<int8_t>(value);
-      if (kWide) wide[at + i] = static_cast<int16_t>(value);
-      total[i / (kGroup / 2)] += value;
+    const nf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    ni sum[2] = {};
+    for (int i = 0; i < kGroup; i += W) {
+      nf scaled = load(from + i) * inverse;
+      asm("" : "+m"(scaled));  // the product is rounded by itself, not fused into the sum
+      const ni q = __builtin_convertvector((scaled + magic) - magic, ni);
+      const bytes_w narrow = __builtin_convertvector(q, bytes_w);
+      __builtin_memcpy(out + at + i, &narrow, W);
+      if constexpr (kWide) {
+        const shorts_w half = __builtin_convertvector(q, shorts_w);
+        __builtin_memcpy(wide + at + i, &half, 2 * W);
+      }
+      sum[i / (kGroup / 2)] += q;
     }
     scales[g] = most / 127.0f;
-    totals[2 * g] = total[0], totals[2 * g + 1] = total[1];
+    totals[2 * g] = sum_of_ints(sum[0]), totals[2 * g + 1] = sum_of_ints(sum[1]);
   }
 }

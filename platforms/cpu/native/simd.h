@@ -33,6 +33,26 @@ SIXFOLD_INLINE float sum_of(nf v) {
   for (int i = 0; i < W; ++i) total += v[i];
   return total;
 }
+
+// Lane i of the result is the sum of v[i]'s lanes: W vectors added pairwise, in log2(W) rounds.
+template <int kStep>
+SIXFOLD_INLINE nf add_neighbours(nf a, nf b) {
+  typedef int32_t Lanes __attribute__((vector_size(4 * W)));
+  Lanes from_even, from_odd;
+  for (int i = 0; i < W; ++i) {
+    from_even[i] = i & kStep ? W + i - kStep : i;
+    from_odd[i] = i & kStep ? W + i : i + kStep;
+  }
+  return __builtin_shuffle(a, b, from_even) + __builtin_shuffle(a, b, from_odd);
+}
+template <int kStep = 1>
+SIXFOLD_INLINE nf sums_of(nf* v) {
+  if constexpr (kStep == W) return v[0];
+  else {
+    for (int i = 0; i < W / kStep / 2; ++i) v[i] = add_neighbours<kStep>(v[2 * i], v[2 * i + 1]);
+    return sums_of<2 * kStep>(v);
+  }
+}
 SIXFOLD_INLINE float max_lane(nf v) {
   float best = v[0];
   for (int i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
