@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checkpoint.gguf_blocks import QuantisedRows
+from ..common.checkpoint.quantised_rows import QuantisedRows
 from ..platforms.interface_kernels import KernelTable, Problem
 
 

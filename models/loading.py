@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checkpoint.checkpoint import Checkpoint
-from ..common.checkpoint.gguf_blocks import SCHEMES, QuantisedRows
+from ..common.checkpoint.quantised_rows import QuantisedRows
 from ..common.errors import CheckpointError
 from ..platforms.interface import LoadProgress
 from ..platforms.interface_kernels import KernelTable, Problem
@@ -20,7 +20,7 @@ from .gemma3 import Gemma3Model
 from .gguf_weights import GGUFWeights
 from .layers import Build, Layer, Norm
 from .llama import LlamaModel
-from .quantization import assign_schemes
+from .quantization import FLOATS, assign_schemes
 from .qwen2 import Qwen2Model
 from .qwen3 import Qwen3Model
 from .qwen3_moe import Qwen3MoeModel
@@ -57,9 +57,13 @@ class WeightSource(Protocol):
 
     def copy_into(self, name: str, target: Tensor) -> None: ...
 
-    def scheme(self, name: str) -> str: ...
+    def scheme(self, name: str) -> str:
+        """The form that a matrix is stored in; "" for float32 and for vectors."""
+        ...
 
-    def quantised(self, name: str) -> QuantisedRows: ...
+    def quantised(self, name: str) -> QuantisedRows:
+        """A whole matrix in the form that it is stored in, when that is not a dtype."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,9 @@ def build_model(
         )
     with torch.device("meta"):
         model = family(checkpoint.fields, Build(ops, dtype)).eval()
-    stored = _stored_schemes(model, open_weights(checkpoint)) if quantize == "stored" else {}
+    stored = {}
+    if quantize == "stored":
+        stored = _stored_schemes(model, open_weights(checkpoint), str(dtype).removeprefix("torch."))
     assign_schemes(model, quantize, stored)
     return model
 
@@ -94,15 +100,16 @@ def open_weights(checkpoint: Checkpoint) -> WeightSource:
     return SafetensorsWeights(checkpoint.path)
 
 
-def _stored_schemes(model: Model, source: WeightSource) -> dict[str, str]:
-    """Parameter name -> scheme, for matrices that one quantised tensor fills."""
+def _stored_schemes(model: Model, source: WeightSource, dtype_name: str) -> dict[str, str]:
+    """Parameter name -> scheme, for matrices that are stored in a form of their own."""
     found = {}
     for tensor in source.names():
-        name = _canonical(tensor)
-        placement = model.placement(name) if name and source.scheme(tensor) else None
-        if placement is not None and not placement.index:
-            found[placement.parameter] = source.scheme(tensor)
-    return found
+        name, scheme = _canonical(tensor), source.scheme(tensor)
+        placement = model.placement(name) if name and scheme not in ("", dtype_name) else None
+        if placement is not None:
+            found[placement.parameter] = scheme
+    known = {name for _, _, name in _parameters(model)}
+    return {name: scheme for name, scheme in found.items() if name in known}
 
 
 def kernel_problems(checkpoint: Checkpoint, dtype_name: str, quantize: str = "") -> list[Problem]:
@@ -135,10 +142,12 @@ def load_weights(
     for owner, leaf, name in list(_parameters(model)):
         meta = getattr(owner, leaf)
         tensor = pieces[name][0].tensor
-        if leaf == "weight" and isinstance(owner, Layer) and owner.scheme in SCHEMES:
+        scheme = owner.scheme if leaf == "weight" and isinstance(owner, Layer) else ""
+        if scheme and scheme == source.scheme(tensor) and scheme not in FLOATS:
             stored[owner] = tensor
         else:
-            value = to_device(_value(owner, meta, pieces[name], source))
+            dtype = FLOATS.get(scheme, meta.dtype)
+            value = to_device(_value(owner, meta.to(dtype), pieces[name], source))
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
         left[owner] -= 1
         if not left[owner] and isinstance(owner, Layer):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from torch import Tensor
 
-from ...common.checkpoint.gguf_blocks import QuantisedRows
+from ...common.checkpoint.quantised_rows import QuantisedRows
 from .native_library import WeightStruct
 
 PANEL = 16
@@ -68,7 +68,8 @@ class PackedWeight:
 def pack_floats(weight: Tensor) -> PackedWeight:
     """weight (n, k) float32, bfloat16 or float16, kept in that dtype."""
     n, k = weight.shape
-    panels = F.pad(weight, (0, 0, 0, -n % PANEL)).view(-1, PANEL, k)
+    whole = F.pad(weight, (0, 0, 0, -n % PANEL)) if n % PANEL else weight.contiguous()
+    panels = whole.view(-1, PANEL, k)
     return PackedWeight(FLOATS[weight.dtype], (n, k), panels.transpose(1, 2).contiguous())
 
 

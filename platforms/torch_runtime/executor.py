@@ -112,10 +112,7 @@ class TorchExecutor:
         if self._register is not None:
             self._register(registry)
         quantize = self._weights(source, dtype, registry, log)
-        problems = [
-            *source.kernel_problems(dtype, quantize),
-            *(Problem(op, dtype) for op in RUNTIME_OPS),
-        ]
+        problems = self._problems(source, dtype, quantize)
         ops = registry.resolve(problems, device.facts, spec.kernels, spec.strict)
         model = source.build(ops, DTYPES[dtype], quantize)
         attention, decision = registry.resolve_attention(
@@ -144,30 +141,37 @@ class TorchExecutor:
         log.add("dtype", dtype, because)
         return dtype
 
+    def _problems(self, source: ModelSource, dtype: str, quantize: str) -> list[Problem]:
+        runtime = (Problem(op, dtype) for op in RUNTIME_OPS)
+        return [*source.kernel_problems(dtype, quantize), *runtime]
+
     def _weights(
         self, source: ModelSource, dtype: str, registry: KernelRegistry, log: DecisionLog
     ) -> str:
         """How matrices are kept: "int8", "int4", "stored", or "" for the dtype."""
         wanted = self._spec.quantize
+        problems = self._problems(source, dtype, "stored")
+        schemes = ", ".join(sorted({p.weights for p in problems if p.weights}))
+        stores = f"; the checkpoint stores {schemes}" if schemes else ""
         if wanted is not None:
             ends = "; the embedding and the head are int8" if wanted == "int4" else ""
-            log.add("weights", dtype if wanted == "none" else wanted, f"set by the user{ends}")
+            because = f"set by the user{ends}{stores}"
+            log.add("weights", dtype if wanted == "none" else wanted, because)
             return "" if wanted == "none" else wanted
-        problems = source.kernel_problems(dtype, "stored")
-        schemes = ", ".join(sorted({p.weights for p in problems if p.weights}))
         if not schemes:
-            log.add("weights", dtype, "the checkpoint's matrices are not quantised")
+            log.add("weights", dtype, "the checkpoint has no narrower form of its matrices")
             return ""
         if self._spec.dtype is not None:
-            because = f"dtype was set by the user; the checkpoint stores {schemes}"
-            log.add("weights", dtype, because)
+            log.add("weights", dtype, f"dtype was set by the user{stores}")
             return ""
         try:
             registry.resolve(problems, self._device.facts, self._spec.kernels)
         except KernelError as error:
-            log.add("weights", dtype, f"no kernel for {schemes}", [(schemes, str(error))])
+            because = f"no kernel for {schemes}: matrices are converted when they are loaded"
+            log.add("weights", dtype, because, [(schemes, str(error))])
             return ""
-        log.add("weights", schemes, "kept as the checkpoint stores them")
+        because = f"kept as the checkpoint stores them, computed in {dtype}"
+        log.add("weights", schemes, because)
         return "stored"
 
     def _memory(self, model: Model) -> tuple[int, tuple[int, str]]:
