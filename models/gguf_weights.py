@@ -39,6 +39,9 @@ class GGUFWeights:
     def scheme(self, name: str) -> str:
         return self._rows.scheme(name)
 
+    def is_spare(self, name: str) -> bool:
+        return False
+
     def quantised(self, name: str) -> QuantisedRows:
         return self._rows.quantised_rows(name)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..common.checkpoint.checkpoint import Checkpoint
 from ..common.checkpoint.quantised_rows import QuantisedRows
+from ..common.checkpoint.quantization_config import packed_scheme
 from ..common.errors import CheckpointError
 from ..platforms.interface import LoadProgress
 from ..platforms.interface_kernels import KernelTable, Problem
@@ -20,6 +21,7 @@ from .gemma3 import Gemma3Model
 from .gguf_weights import GGUFWeights
 from .layers import Build, Layer, Norm
 from .llama import LlamaModel
+from .packed_weights import PackedWeights
 from .quantization import FLOATS, assign_schemes
 from .qwen2 import Qwen2Model
 from .qwen3 import Qwen3Model
@@ -61,6 +63,10 @@ class WeightSource(Protocol):
         """The form that a matrix is stored in; "" for float32 and for vectors."""
         ...
 
+    def is_spare(self, name: str) -> bool:
+        """Whether a model that has no such tensor computes the same without it."""
+        ...
+
     def quantised(self, name: str) -> QuantisedRows:
         """A whole matrix in the form that it is stored in, when that is not a dtype."""
         ...
@@ -97,6 +103,9 @@ def build_model(
 def open_weights(checkpoint: Checkpoint) -> WeightSource:
     if checkpoint.format == "gguf":
         return GGUFWeights(checkpoint.path)
+    scheme = packed_scheme(checkpoint.config, checkpoint.config_file)
+    if scheme is not None:
+        return PackedWeights(checkpoint.path, scheme)
     return SafetensorsWeights(checkpoint.path)
 
 
@@ -187,6 +196,8 @@ def _assign(model: Model, source: WeightSource, checkpoint: Checkpoint) -> dict[
         if placement is None:
             continue
         if placement.parameter not in shapes:
+            if source.is_spare(tensor):
+                continue
             raise CheckpointError(
                 f"{source.where(tensor)} is not part of the architecture "
                 f"{checkpoint.architecture!r} as configured; the model would answer wrongly "

@@ -61,6 +61,9 @@ class SafetensorsWeights:
         stored = self._tensors[name]
         return _SCHEMES.get(stored.dtype, "") if len(stored.shape) > 1 else ""
 
+    def is_spare(self, name: str) -> bool:
+        return False
+
     def quantised(self, name: str) -> QuantisedRows:
         raise CheckpointError(f"{self.where(name)} is not quantised.")
 

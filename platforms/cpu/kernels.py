@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...common.checkpoint.gguf_blocks import SCHEMES
+from ...common.checkpoint.packed_schemes import PACKED
 from ...common.checkpoint.quantised_rows import QuantisedRows
 from ...common.errors import KernelError
 from ...common.ops.registry import KernelRegistry
@@ -57,12 +58,14 @@ NATIVE_OPS = (
 ).split()
 MATRIX_OPS = {"embedding", "linear"}
 """Ops whose weight is packed at load."""
-WEIGHTS = frozenset({"", "bfloat16", "float16", "int8", "int4"}) | SCHEMES
+WEIGHTS = frozenset({"", "bfloat16", "float16", "int8", "int4"}) | SCHEMES | PACKED
 """Schemes that `pack` has a form for."""
 
 
 def pack(weight: Tensor | QuantisedRows, problem: Problem) -> PackedWeight:
     if isinstance(weight, QuantisedRows):
+        if problem.op == "embedding" and weight.order is not None:
+            raise KernelError("An embedding with columns out of order is not served.")
         return pack_stored(weight)
     if problem.weights == "int8":
         return quantise_int8(weight)

@@ -12,7 +12,7 @@ k is padded to 32 in the quantised forms and n to 16, both with zeros.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class PackedWeight:
     data: Tensor
     scales: Tensor | None = None
     mins: Tensor | None = None
+    order: Tensor | None = None  # place in the packed form -> k, where they are not the same
     structs: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -123,12 +124,16 @@ def pack_int4(q: Tensor, scale: Tensor, minimum: Tensor | None, shape: Any) -> P
 
 
 def pack_stored(rows: QuantisedRows) -> PackedWeight:
-    """A checkpoint's own numbers, rearranged; scales are rounded to fp16."""
+    """A checkpoint's own numbers, rearranged; scales and minimums are rounded to fp16."""
     q, scale = torch.from_numpy(rows.q), torch.from_numpy(rows.scale)
     minimum = None if rows.minimum is None else torch.from_numpy(rows.minimum)
     if rows.bits == 4:
-        return pack_int4(q, scale, minimum, rows.shape)
-    return pack_int8(q, scale, rows.shape, minimum)
+        packed = pack_int4(q, scale, minimum, rows.shape)
+    else:
+        packed = pack_int8(q, scale, rows.shape, minimum)
+    if rows.order is None:
+        return packed
+    return replace(packed, order=torch.from_numpy(rows.order), structs={})
 
 
 def unpack(weight: PackedWeight) -> Tensor:
@@ -146,7 +151,8 @@ def unpack(weight: PackedWeight) -> Tensor:
     values = q.view(*scale.shape, -1) * scale.unsqueeze(-1)
     if weight.mins is not None:
         values = values.view(len(scale), -1, GROUP) - _by_row(weight.mins).unsqueeze(-1)
-    return values.reshape(len(values), -1)[:n, :k].contiguous()
+    values = values.reshape(len(values), -1)[:n, :k].contiguous()
+    return values if weight.order is None else values[:, weight.order.argsort()]
 
 
 def _groups(weight: Tensor) -> Tensor:
