@@ -16,6 +16,7 @@ import pytest
 import torch
 from reference_kernels import reference_table
 from run_model import load
+from safetensors.torch import save_file
 from tiny_models import TINY, save
 
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
@@ -120,6 +121,50 @@ def test_sixteen_bits_are_kept_without_a_wide_copy(smollm2_safetensors: Path) ->
     assert saved >= 0.45 * wide["weights"], (kept, wide)
     # At the peak the clean pages of the file are counted too, and one layer's copy.
     assert kept["grown"] <= 2.25 * kept["weights"], kept
+
+
+@pytest.fixture(scope="module")
+def packed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama with 84 million parameters in GPTQ's form; any words are numbers, any zeros too."""
+    import transformers
+
+    width, inner, layers, group = 1024, 4096, 5, 128
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1000}
+    path = tmp_path_factory.mktemp("packed")
+    transformers.LlamaConfig(**sizes, **heads, dtype="float16").save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    quantised = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False}
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    tensors = {name: torch.randn(1000, width).half() for name in ends}
+    tensors["model.norm.weight"] = torch.ones(width).half()
+    for layer in range(layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(width).half()
+        square = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
+        wide = {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
+        for name, (n, k) in {**square, **wide, "mlp.down_proj": (width, inner)}.items():
+            module = f"model.layers.{layer}.{name}"
+            words = torch.randint(-(2**31), 2**31 - 1, (k // 8 + k // group, n)).int()
+            tensors[f"{module}.qweight"] = words[: k // 8].contiguous()
+            tensors[f"{module}.qzeros"] = words[k // 8 :, : n // 8].contiguous()
+            tensors[f"{module}.scales"] = torch.rand(k // group, n).half()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.mark.skipif(missing() is not None, reason="no native kernels here")
+def test_packed_matrices_are_kept_without_a_wide_copy(packed_model: Path) -> None:
+    """Only the matrix at hand exists in other forms: its bytes, and those being rearranged."""
+    kept = measure(packed_model, "float32", "stored")
+    wide = measure(packed_model, "float32")
+    assert kept["weights"] < 0.18 * wide["weights"], (kept, wide)
+    assert kept["private"] <= 1.1 * kept["weights"], kept
+    largest = 1024 * 4096
+    assert kept["grown"] <= 1.1 * kept["weights"] + 8 * largest, kept
+    # Converting costs no second copy either.
+    assert wide["grown"] <= 1.25 * wide["weights"], wide
 
 
 def test_parameters_lie_on_the_file(tmp_path: Path) -> None:
