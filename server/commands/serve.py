@@ -49,6 +49,7 @@ def _engine_options(command: Any) -> Any:
         click.option("--no-overlap", is_flag=True, help="End each step before the next begins."),
         click.option("--threads", type=int, help="Threads for compute on a processor."),
         click.option("--quantize", help="Matrices as int8, int4, or none; else as stored."),
+        click.option("--kv-dtype", help="Keys and values: float32, bfloat16, float16 or int8."),
         click.option(
             "--kernel", "kernel", multiple=True, help="Name an op's kernel as op=provider."
         ),
@@ -98,7 +99,7 @@ def serve(model: str, **flags: Any) -> None:
             name: flags[name]
             for name in (
                 "platform dtype device_index max_context page_size cache_tokens memory_fraction "
-                "max_rows max_step_tokens max_queue eviction threads quantize strict"
+                "max_rows max_step_tokens max_queue eviction threads quantize kv_dtype strict"
             ).split()
         },
     )

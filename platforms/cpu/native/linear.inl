@@ -177,15 +177,6 @@ static void linear_run(const Instruction& c, const Step& step, int task) {
   }
 }
 
-typedef int8_t bytes_w __attribute__((vector_size(W)));
-typedef int16_t shorts_w __attribute__((vector_size(2 * W)));
-
-SIXFOLD_INLINE int32_t sum_of_ints(ni v) {
-  int32_t total = 0;
-  for (int i = 0; i < W; ++i) total += v[i];
-  return total;
-}
-
 // Rounds to nearest, ties to even. Infinities and NaN in the row give a row of no meaning.
 static void quantise_row(const float* x, int64_t width, int8_t* out) {
   const int64_t groups = groups_of(width);
@@ -207,12 +198,9 @@ static void quantise_row(const float* x, int64_t width, int8_t* out) {
     }
     const float most = max_lane(largest);
     const float inverse = most > 0 ? 127.0f / most : 0.0f;
-    const nf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     ni sum[2] = {};
     for (int i = 0; i < kGroup; i += W) {
-      nf scaled = load(from + i) * inverse;
-      asm("" : "+m"(scaled));  // the product is rounded by itself, not fused into the sum
-      const ni q = __builtin_convertvector((scaled + magic) - magic, ni);
+      const ni q = to_steps(load(from + i), inverse);
       const bytes_w narrow = __builtin_convertvector(q, bytes_w);
       __builtin_memcpy(out + at + i, &narrow, W);
       if constexpr (kWide) {
