@@ -101,7 +101,7 @@ static void quantised_tile(const Weight& w, int panel, const int8_t* x, float* o
   }
 }
 
-constexpr int kTileRows = W == 16 ? 8 : 4;
+constexpr int kTileRows = W == 16 ? 8 : W == 8 ? 6 : 4;
 constexpr int kFloatRows = W == 16 ? 12 : (W == 8 ? 6 : 4);
 
 template <int F, int M>
