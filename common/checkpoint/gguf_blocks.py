@@ -102,7 +102,7 @@ def take_apart(block: BlockType, raw: U8, rows: int) -> QuantisedRows:
     q, scale, minimum = parts(raw.reshape(-1, block.nbytes))
     return QuantisedRows(
         bits,
-        np.ascontiguousarray(q).reshape(rows, -1, GROUP),
+        q.reshape(rows, -1, GROUP),
         scale.reshape(rows, -1),
         None if minimum is None else minimum.reshape(rows, -1),
     )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError
 from .gguf_blocks import SCHEMES, QuantisedRows, take_apart
-from .gguf_file import GGUFFile, GGUFTensor
+from .gguf_file import GGUFTensor, open_gguf
 from .gguf_types import SUPPORTED
 
 _OUTSIDE_BLOCKS = {
@@ -51,7 +51,7 @@ class GGUFWeights:
     """
 
     def __init__(self, path: Path) -> None:
-        file = GGUFFile(path)
+        file = open_gguf(path)
         self.path = path
         arch = file.get("general.architecture", "")
         self.norm_offset = 1.0 if arch == "gemma3" else 0.0

@@ -121,6 +121,17 @@ def _explain(config: EngineConfig) -> None:
 
 
 def _serve(config: EngineConfig, flags: dict[str, Any]) -> None:
+    from ..early_engine import EarlyEngine
+
+    early = EarlyEngine(config, flags["log_level"])
+    try:
+        code = _serve_with(early, config, flags)
+    finally:
+        early.close()
+    sys.exit(code)
+
+
+def _serve_with(early: EarlyEngine, config: EngineConfig, flags: dict[str, Any]) -> int:
     import logging
 
     from ..listener import bind
@@ -142,8 +153,7 @@ def _serve(config: EngineConfig, flags: dict[str, Any]) -> None:
     )
     listener = bind(flags["host"], flags["port"])
     with listener:
-        code = serve(options, listener, _Terminal(options))
-    sys.exit(code)
+        return serve(options, listener, _Terminal(options), early)
 
 
 class _Terminal:

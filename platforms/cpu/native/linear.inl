@@ -123,13 +123,17 @@ static void linear_block(const Weight& w, const Instruction& c, int panel_first,
   constexpr int kRows = F >= kQ8 ? kTileRows : kFloatRows;
   for (int64_t row = row_first; row < row_last;) {
     const int64_t left = row_last - row;
+    // A tile of one or two rows is slow: 7 and 8 rows are cut 4 + 3 and 4 + 4, not 6 + 1 and 6 + 2.
+    const bool uneven = kRows == 6 && (left == 7 || left == 8);
+    const int64_t size = left >= kRows && !uneven ? kRows : left >= 4 ? 4 : left;
     for (int panel = panel_first; panel < panel_last; ++panel) {
-      if (left >= kRows) tile<F, kRows>(w, panel, c, row);
-      else if (left >= 4) tile<F, 4>(w, panel, c, row);
-      else if (left >= 2) tile<F, 2>(w, panel, c, row);
+      if (size > 4) tile<F, kRows>(w, panel, c, row);
+      else if (size == 4) tile<F, 4>(w, panel, c, row);
+      else if (size == 3) tile<F, 3>(w, panel, c, row);
+      else if (size == 2) tile<F, 2>(w, panel, c, row);
       else tile<F, 1>(w, panel, c, row);
     }
-    row += left >= kRows ? kRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    row += size;
   }
 }
 
