@@ -6,6 +6,7 @@ already (`--url`). To add an engine, add it to `known.toml`.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -24,9 +25,9 @@ from ...common.errors import ConfigError
 KV_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 FORMS = {
-    "gguf": "a .gguf file",
-    "hf": "a Hugging Face directory",
-    "openvino": "a directory with openvino_model.xml",
+    "gguf": "a .gguf file (as MODEL)",
+    "hf": "a Hugging Face directory (as MODEL or with --hf)",
+    "openvino": "a directory with openvino_model.xml (as MODEL or with --hf)",
 }
 
 
@@ -36,9 +37,10 @@ class Known:
 
     name: str
     program: str
-    reads: str
+    reads: tuple[str, ...]
     arguments: tuple[str, ...]
     model: str
+    package: str = ""
     api: str = "/v1"
     dtype: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
@@ -81,7 +83,7 @@ class Wanted:
 
 def known() -> dict[str, Known]:
     entries = tomllib.loads(Path(__file__).with_name("known.toml").read_text("utf-8"))
-    lists = ("arguments", "dtype", "quantize", "prefill")
+    lists = ("reads", "arguments", "dtype", "quantize", "prefill")
     return {
         name: Known(name, **entry | {key: tuple(entry.get(key, ())) for key in lists})
         for name, entry in entries.items()
@@ -161,11 +163,13 @@ def _launch(
     program = _find(engine, wanted)
     if program is None:
         return f"{engine.program} is neither beside this Python nor on PATH"
-    if engine.reads not in forms:
-        hint = "name it as MODEL" if engine.reads == "gguf" else "name it with --hf"
-        return f"it reads {FORMS[engine.reads]}; {hint}"
+    if engine.package and importlib.util.find_spec(engine.package) is None:
+        return f"the Python package {engine.package} is not installed"
+    form = next((form for form in engine.reads if form in forms), None)
+    if form is None:
+        return f"it reads {' or '.join(FORMS[form] for form in engine.reads)}"
     fields = {
-        "model": str(forms[engine.reads]),
+        "model": str(forms[form]),
         "port": "{port}",
         "threads": str(usable_cores()),
         "dtype": wanted.dtype or "",

@@ -213,7 +213,7 @@ def install(folder: Path, *names: str) -> None:
 
 def test_known_peers_are_complete() -> None:
     for name, engine in known().items():
-        assert engine.reads == "any" or engine.reads in launchers.FORMS, name
+        assert set(engine.reads) <= {"any", *launchers.FORMS}, name
         assert {"{port}", "{model}"} <= set(engine.arguments), name
         fields = dict.fromkeys("model port threads dtype kv_dtype quantize python".split(), "1")
         for part in (*engine.arguments, *engine.dtype, *engine.quantize, *engine.prefill):
@@ -225,7 +225,8 @@ def test_missing_programs_and_forms_are_reasons(programs: Path, gguf: Path) -> N
     chosen, left_out = choose(Wanted(model=str(gguf)))
     assert [peer.name for peer in chosen] == ["sixfold"]
     assert "llama-server is neither" in left_out["llama.cpp"]
-    assert left_out["vllm"] == "it reads a Hugging Face directory; name it with --hf"
+    assert left_out["vllm"] == "it reads a Hugging Face directory (as MODEL or with --hf)"
+    assert "openvino_genai is not installed" in left_out["openvino-genai"]
     assert set(left_out) == {n for n, k in known().items() if not k.asked_only} - {"sixfold"}
 
 
