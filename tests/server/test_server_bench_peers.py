@@ -60,9 +60,23 @@ class Done:
 
 
 def bench(launcher: Launcher, folder: Path, *arguments: str | Path) -> Done:
-    done = launcher.run("bench", "peers", *arguments, "--out", folder / "it")
-    assert "Traceback" not in done.stderr
-    return Done(done.returncode, done.stdout, done.stderr, folder / "it")
+    process = subprocess.Popen(
+        [*SIXFOLD, *map(str, arguments), "--out", folder / "it"],
+        env=launcher.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=2 * DEADLINE)
+    finally:
+        end(process)
+    assert "Traceback" not in err
+    return Done(process.returncode, out, err, folder / "it")
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """With SIGTERM, so that it stops its servers also where a test gives up."""
+    if process.poll() is None:
+        process.terminate()
+    process.wait(DEADLINE)
 
 
 def test_running_servers_side_by_side(
@@ -184,8 +198,7 @@ def test_ctrl_c_ends_every_server(
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(DEADLINE) == 130
     finally:
-        process.kill()
-        process.wait()
+        end(process)
     until(lambda: all(map(gone, children)), "the end of every server")
     assert "Traceback" not in errors.read_text()
 
