@@ -216,8 +216,8 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """As GGUFFile(path); the last one is kept, because configuration, tokenizer and weights each ask
-    for it and a header lists the whole vocabulary. A file that has changed is read anew."""
+    """As GGUFFile(path); the last one is kept, because configuration, tokenizer and weights each
+    ask for it and a header lists the whole vocabulary. A file that has changed is read anew."""
     try:
         stat = path.stat()
     except OSError:

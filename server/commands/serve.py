@@ -15,6 +15,7 @@ from ...common.errors import ConfigError
 
 if TYPE_CHECKING:
     from ...common.messages import Loading
+    from ..early_engine import EarlyEngine
     from ..run import ServeOptions
     from ..service import Service
 
