@@ -27,6 +27,7 @@ class EngineConfig:
     overlap: bool = True
     threads: int | None = None
     quantize: str | None = None  # int8 | int4: matrices, on load; none: in the dtype
+    kv_dtype: str | None = None  # of keys and values: as dtype, or int8
     kernels: dict[str, str] = field(default_factory=dict)  # op -> provider
     strict: bool = False
 
@@ -45,6 +46,8 @@ class EngineConfig:
         dtypes = (None, "float32", "bfloat16", "float16")
         need(self.dtype in dtypes, "dtype", "float32, bfloat16 or float16")
         need(self.quantize in (None, "none", "int8", "int4"), "quantize", "int8, int4 or none")
+        kv_dtypes = (*dtypes, "int8")
+        need(self.kv_dtype in kv_dtypes, "kv_dtype", "float32, bfloat16, float16 or int8")
         need(self.eviction in ("lru", "lfu", "priority"), "eviction", "lru, lfu or priority")
         need(self.device_index >= 0, "device_index", "at least 0")
         need(

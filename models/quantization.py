@@ -50,6 +50,12 @@ def _owner(parameter: str, layers: Mapping[str, Layer]) -> str:
     return name
 
 
+def has_quantised(model: Model) -> bool:
+    """Whether a matrix is kept in fewer bits than a float has."""
+    schemes = {module.scheme for module in model.modules() if isinstance(module, Layer)}
+    return not schemes <= {"", *FLOATS}
+
+
 def weight_bytes(model: Model) -> int:
     """Bytes of all distinct parameters as they will be kept (tied tensors count once)."""
     seen: dict[int, float] = {}

@@ -126,6 +126,7 @@ class EngineSpec:
     max_step_tokens: int = 2048
     threads: int | None = None
     quantize: str | None = None  # "int8" | "int4": matrices, on load; "none": in the dtype
+    kv_dtype: str | None = None  # of keys and values: as dtype, or "int8"
     kernels: Mapping[str, str] = field(default_factory=dict)  # op -> provider, chosen by the user
     strict: bool = False
 

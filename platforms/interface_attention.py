@@ -22,6 +22,11 @@ class AttentionSpec:
     soft_cap: float = 0.0  # 0 = off; else cap * tanh(logits / cap)
     sinks: bool = False
     dtype: str = "float32"
+    kv_dtype: str = ""  # of keys and values in the cache; "" = dtype
+
+    @property
+    def stored_dtype(self) -> str:
+        return self.kv_dtype or self.dtype
 
 
 class AttentionBackend(Protocol):

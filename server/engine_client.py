@@ -22,6 +22,7 @@ from ..common import messages as m
 from ..common.config import EngineConfig
 from ..common.errors import EngineDied, SixfoldError
 from ..common.sampling import SamplingParams
+from .early_engine import EarlyEngine
 from .launch import Located
 
 log = logging.getLogger("sixfold.server")
@@ -92,10 +93,16 @@ class Generation:
 class EngineClient:
     """Owns the engine process and its socket. All methods run on one event loop."""
 
-    def __init__(self, config: EngineConfig, located: Located, log_level: str = "warning") -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: EngineConfig,
+        located: Located,
+        log_level: str = "warning",
+        early: EarlyEngine | None = None,
+    ) -> None:
+        """`early`: a process that has been started for `config`."""
         self._located = located
-        self._log_level = log_level
+        self._make = lambda: early or EarlyEngine(config, log_level)
         self._folder: str | None = None
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
@@ -115,14 +122,9 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         endpoint = self._bind()
         self._started = loop.create_future()
-        # Spawn, never fork: device runtimes and threads do not survive a fork.
-        process = multiprocessing.get_context("spawn").Process(
-            target=_run_engine,
-            args=(endpoint, self._config, self._located, self._log_level),
-            name="sixfold-engine",
-        )
-        process.start()
-        self._process = process
+        engine = self._make()
+        engine.begin(endpoint, self._located)
+        self._process = process = engine.process
         self._reader = loop.create_task(self._read())
         threading.Thread(
             target=self._watch, args=(loop, process.sentinel), name="engine-watch", daemon=True
@@ -274,10 +276,3 @@ class EngineClient:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
-
-
-def _run_engine(endpoint: str, config: EngineConfig, located: Located, log_level: str) -> None:
-    """What the new process runs; imports the engine there and not in the front end."""
-    from .engine_process import run
-
-    run(endpoint, config, located, log_level)

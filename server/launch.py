@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +15,8 @@ from ..common.engine import Engine
 from ..common.errors import ConfigError, KernelError
 from ..common.messages import Ready
 from ..platforms.interface import Decision, DeviceFacts, EngineSpec, ExecutorInfo
+
+log = logging.getLogger("sixfold.engine")
 
 Progress = Callable[[str, int, int], None]
 """(stage, bytes done, bytes in all); all is 0 when it is not known."""
@@ -52,6 +55,20 @@ def served_name(model: str, checkpoint: Checkpoint) -> str:
     """A hub id is served under that id, anything local under the checkpoint's own name."""
     from_hub = bool(model) and not Path(model).expanduser().exists()
     return model if from_hub else checkpoint.name
+
+
+def warm_up(config: EngineConfig) -> None:
+    """Import what `build` will import. Whatever is wrong is for `build` to report."""
+    from ..platforms import machine, select
+
+    try:
+        found = select.probe_all(machine.observe())
+        choice = select.choose(found, config.platform)
+        facts = _device(choice.chosen, found[choice.chosen].devices, config.device_index)
+        # Making an executor imports its framework; it loads nothing.
+        select.platforms()[choice.chosen].executor(_spec(config, Path()), facts).close()
+    except Exception as error:
+        log.debug("the platform cannot be prepared: %s", error)
 
 
 def build(config: EngineConfig, located: Located, progress: Progress = quiet) -> Launched:

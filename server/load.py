@@ -176,7 +176,7 @@ class LoadGenerator:
                     text = (await answer.aread()).decode("utf-8", "replace")
                     sample.error = f"HTTP {answer.status_code}: {text[:300]}"
                     return sample
-                async for event in _events(answer):
+                async for event in events(answer):
                     _record(sample, event, time.perf_counter() - begun)
         except httpx.HTTPError as error:
             sample.error = f"{type(error).__name__}: {error}"
@@ -186,7 +186,8 @@ class LoadGenerator:
         return sample
 
 
-async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events."""
     async for line in answer.aiter_lines():
         if line.startswith("data:") and not line.endswith("[DONE]"):
             yield json.loads(line[5:])

@@ -20,6 +20,7 @@ from ..common.config import EngineConfig
 from ..common.errors import SixfoldError
 from ..common.messages import Loading
 from .app import create_app
+from .early_engine import EarlyEngine
 from .engine_client import EngineClient
 from .launch import Located, locate, served_name
 from .listener import HttpProtocol, address_of
@@ -69,17 +70,29 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def serve(options: ServeOptions, listener: socket.socket, reporter: Reporter) -> int:
+def serve(
+    options: ServeOptions,
+    listener: socket.socket,
+    reporter: Reporter,
+    early: EarlyEngine | None = None,
+) -> int:
     """Serve until a signal or the engine's death; the result is the process's exit code."""
-    server = Server(options, listener, reporter)
+    server = Server(options, listener, reporter, early)
     config = server.uvicorn.config
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         return runner.run(server.run())
 
 
 class Server:
-    def __init__(self, options: ServeOptions, listener: socket.socket, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        options: ServeOptions,
+        listener: socket.socket,
+        reporter: Reporter,
+        early: EarlyEngine | None = None,
+    ) -> None:
         self._options = options
+        self._early = early
         self._listener = listener
         self._reporter = reporter
         self.service = Service(options.http)
@@ -147,7 +160,9 @@ class Server:
             loop.call_soon_threadsafe(self._loading, message)
 
         located = await asyncio.to_thread(locate, options.engine.model, progress)
-        self._client = client = EngineClient(options.engine, located, options.log_level)
+        self._client = client = EngineClient(
+            options.engine, located, options.log_level, self._early
+        )
         client.on_loading = self._loading
         text = asyncio.create_task(asyncio.to_thread(self._tokenizer, located))
         try:

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+
+FILE_TYPES = {
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+"""What the header says of the tensors; OpenVINO GenAI goes by it."""
 
 
 def write_gguf(source: Path, target: Path, kind: GGMLQuantizationType) -> None:
@@ -24,7 +30,7 @@ def write_gguf(source: Path, target: Path, kind: GGMLQuantizationType) -> None:
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
         value_kind = field.types[0]
-        value = 0 if field.name == "general.file_type" else field.contents()
+        value = FILE_TYPES[kind] if field.name == "general.file_type" else field.contents()
         sub = field.types[-1] if value_kind == GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, value, value_kind, sub_type=sub)
     for tensor in reader.tensors:

@@ -100,6 +100,7 @@ def main() -> None:
         by_op: dict[str, list[float]] = defaultdict(list)
         for each in step._instructions:
             one = (Instruction * 1)(each)
+            one[0].chain = one[0].ahead = 0
             by_op[NAMES[each.op]].append(median(lambda one=one: step._team.run(one, 1, count), 5))  # type: ignore[misc]
         hidden = step(ids, positions)[:: asked.new]
         head = median(lambda: runner._model.logits(hidden))

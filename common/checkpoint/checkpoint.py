@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..errors import CheckpointError
 from .fields import Fields
 from .gguf_config import token_ids, translate
-from .gguf_file import GGUFFile
+from .gguf_file import open_gguf
 from .hf_directory import eos_ids, read_config
 
 
@@ -50,7 +50,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _checkpoint(path, "safetensors", config, eos_ids(path, config))
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory.")
-    file = GGUFFile(path)
+    file = open_gguf(path)
     return _checkpoint(path, "gguf", translate(file), token_ids(file)[0])
 
 

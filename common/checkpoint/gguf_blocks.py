@@ -78,7 +78,7 @@ def take_apart(block: BlockType, raw: U8, rows: int) -> QuantisedRows:
     """raw: the bytes of `rows` whole rows of a quantised type."""
     bits, parts = _PARTS[block.name]
     q, scale, minimum = parts(raw.reshape(-1, block.nbytes))
-    q = np.ascontiguousarray(q).reshape(rows, -1, GROUP)
+    q = q.reshape(rows, -1, GROUP)
     return QuantisedRows(
         bits,
         q,

@@ -10,6 +10,7 @@ import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class GGUFFile:
         self.path = path
         self._data = _map_file(path)
         self._at = 0
+        self._decoded: dict[str, list[str]] = {}
         try:
             self._values, self.tensors = self._read_header()
         except (struct.error, UnicodeDecodeError, IndexError, OverflowError):
@@ -83,10 +85,12 @@ class GGUFFile:
 
     def strings(self, key: str) -> list[str]:
         """An array of strings; empty when absent. Raises CheckpointError for another type."""
-        value = self.get(key, [])
-        if not isinstance(value, list):
-            raise CheckpointError(f"{self.path}: field {key!r} must be an array of strings.")
-        return value
+        if key not in self._decoded:
+            value = self.get(key, [])
+            if not isinstance(value, list):
+                raise CheckpointError(f"{self.path}: field {key!r} must be an array of strings.")
+            self._decoded[key] = value
+        return list(self._decoded[key])
 
     def numbers(self, key: str, count: int) -> NDArray[Any] | None:
         """An array of `count` numbers; None when absent. Raises CheckpointError otherwise."""
@@ -209,6 +213,21 @@ class GGUFFile:
                     f"{self.path}: the file ends inside tensor {tensor.name!r} ({len(self._data)} "
                     f"bytes, {tensor.offset + tensor.nbytes} needed); download it again."
                 )
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """As GGUFFile(path); the last one is kept, because configuration, tokenizer and weights each
+    ask for it and a header lists the whole vocabulary. A file that has changed is read anew."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return GGUFFile(path)  # raises with its own sentence
+    return _open(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1)
+def _open(path: Path, modified: int, size: int) -> GGUFFile:
+    return GGUFFile(path)
 
 
 def _map_file(path: Path) -> mmap.mmap:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError
 from .gguf_blocks import SCHEMES, take_apart
-from .gguf_file import GGUFFile, GGUFTensor
+from .gguf_file import GGUFTensor, open_gguf
 from .gguf_types import SUPPORTED
 from .quantised_rows import QuantisedRows
 
@@ -54,7 +54,7 @@ class GGUFWeights:
     """
 
     def __init__(self, path: Path) -> None:
-        file = GGUFFile(path)
+        file = open_gguf(path)
         self.path = path
         arch = file.get("general.architecture", "")
         self.norm_offset = 1.0 if arch == "gemma3" else 0.0

@@ -20,7 +20,7 @@ from .detokenize import (
     bytes_reader,
     unspelled_bytes,
 )
-from .gguf_file import GGUFFile
+from .gguf_file import GGUFFile, open_gguf
 from .hf_directory import read_object, token_content
 
 
@@ -119,7 +119,7 @@ class Tokenizer:
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's tokenizer. Raises CheckpointError naming the file."""
     if checkpoint.format == "gguf":
-        file = GGUFFile(checkpoint.path)
+        file = open_gguf(checkpoint.path)
         return Tokenizer(
             gguf_tokenizer.build(file),
             _gguf_templates(file),

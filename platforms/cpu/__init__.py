@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ..interface import DeviceFacts, EngineSpec, Executor, Machine, Probe, Status, Support
 from ..judgement import RANK_CPU, SERVED, judge, torch_found, torch_lacks
 
@@ -67,6 +69,9 @@ class CPUPlatform:
         return Support(Status.NO, f"{feature} is not served by this version")
 
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
+        # Read when torch loads its OpenMP: threads that wait for its next loop by spinning would
+        # take the cores from the native kernels' threads.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from ..torch_runtime.executor import TorchExecutor
         from .device import CpuDevice
         from .kernels import register

@@ -96,6 +96,11 @@ class CpuDevice(TorchDevice):
             return "float32", f"the checkpoint is {checkpoint_dtype}; bfloat16 would round it"
         return "bfloat16", "this CPU has bfloat16 matrix units (AMX)"
 
+    def default_kv_dtype(self, dtype: str, quantised: bool) -> tuple[str, str]:
+        if quantised and dtype == "float32":
+            return "float16", "half the bytes of float32 to read; the weights are rounded far more"
+        return dtype, "the dtype of the activations"
+
     def memory(self) -> tuple[int, int]:
         memory = psutil.virtual_memory()
         return int(memory.available), int(memory.total)

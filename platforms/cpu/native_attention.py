@@ -21,6 +21,7 @@ from ..interface import DeviceFacts
 from ..interface_attention import AttentionSpec
 from ..interface_kv import KVGroup, KVLayout
 from ..interface_step import StepBatch
+from ..torch_runtime.dtypes import KV_DTYPES, kv_row_bytes
 from ..torch_runtime.pools import TorchKVPool
 from .native_library import PlanStruct, SpecStruct
 from .native_ops import ATTENTION, KV_WRITE, MERGE, Issuer
@@ -37,6 +38,9 @@ PIECES_PER_THREAD = 4
 """Work is cut until there are this many tasks a thread, so that uneven cores stay busy."""
 
 LARGEST_DIM = 512
+
+FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
+"""Dtypes of keys and values -> Format of program.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,8 @@ class GroupPlan:
 
 
 class NativeAttention:
-    """AttentionBackend on the native kernels, for float32 caches."""
+    """AttentionBackend on the native kernels: computes in float32, keeps keys and values in the
+    spec's `kv_dtype`."""
 
     name = "native"
 
@@ -100,15 +105,20 @@ class NativeAttention:
             reasons.append(f"{spec.heads} heads do not divide among {spec.kv_heads} kv heads")
         if spec.dtype != "float32":
             reasons.append(f"serves float32, not {spec.dtype}")
+        if spec.stored_dtype not in FORMATS:
+            reasons.append(f"keeps {', '.join(FORMATS)}, not {spec.stored_dtype}")
         if spec.head_dim > LARGEST_DIM:
             reasons.append(f"head sizes up to {LARGEST_DIM}, not {spec.head_dim}")
         return tuple(reasons)
 
     def layout(self, group: KVGroup, spec: AttentionSpec, layers: int) -> KVLayout:
-        axes = ("layer", "page", "token", "kv", "head", "dim")
-        shape = (layers, group.pages, group.page_size, 2, spec.kv_heads, spec.head_dim)
+        """(layer, page, head, kv, token, dim): what a task reads of a page is one piece."""
+        axes = ("layer", "page", "head", "kv", "token", "dim")
+        stored = spec.stored_dtype
+        row = kv_row_bytes(stored, spec.head_dim) // KV_DTYPES[stored].itemsize
+        shape = (layers, group.pages, spec.kv_heads, 2, group.page_size, row)
         self._groups[group.name] = (GroupPlan(), spec)
-        return KVLayout(axes, shape, spec.dtype)
+        return KVLayout(axes, shape, stored)
 
     def plan(self, batch: StepBatch, group: KVGroup) -> NativePlan:
         _, spec = self._groups[group.name]
@@ -130,17 +140,17 @@ class NativeAttention:
         v: Tensor,
         spec: AttentionSpec,
     ) -> Tensor:
-        rows, width = len(q), spec.kv_heads * spec.head_dim
+        rows = len(q)
         q, k, v = (x.flatten(1) for x in (q, k, v))
         data = pool.data[layer].data_ptr()
         issuer = self._issuer
+        struct = self._spec(spec)
         issuer.issue(
             KV_WRITE,
             rows,
-            (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), data, width, bound.address),
+            (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), data, struct, bound.address),
         )
         out = issuer.empty(rows, spec.heads * spec.head_dim)
-        struct = self._spec(spec)
         args = (q.data_ptr(), q.stride(0), data, out.data_ptr(), struct, bound.address)
         issuer.issue(ATTENTION, rows, args)
         if issuer.is_recording or bound.struct.merge_count:
@@ -150,7 +160,14 @@ class NativeAttention:
     def _spec(self, spec: AttentionSpec) -> int:
         if spec not in self._specs:
             self._specs[spec] = SpecStruct(
-                spec.heads, spec.kv_heads, spec.head_dim, spec.window, spec.scale, spec.soft_cap
+                spec.heads,
+                spec.kv_heads,
+                spec.head_dim,
+                spec.window,
+                spec.scale,
+                spec.soft_cap,
+                FORMATS[spec.stored_dtype],
+                kv_row_bytes(spec.stored_dtype, spec.head_dim),
             )
         return ctypes.addressof(self._specs[spec])
 

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 """Version of the structs below; a library of another version is not used."""
 
 LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
@@ -31,6 +31,8 @@ class Instruction(ctypes.Structure):
     _fields_ = (
         ("op", ctypes.c_int32),
         ("rows", ctypes.c_int32),
+        ("chain", ctypes.c_int32),
+        ("ahead", ctypes.c_int32),
         ("a", ctypes.c_int64 * 12),
         ("f", ctypes.c_float * 4),
     )
@@ -58,6 +60,8 @@ class SpecStruct(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "dim", "window")),
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
+        ("format", ctypes.c_int32),
+        ("row_bytes", ctypes.c_int32),
     )
 
 
@@ -146,4 +150,4 @@ class Team:
 
 
 def instruction(op: int, rows: int, a: Sequence[int], f: Sequence[float] = ()) -> Instruction:
-    return Instruction(op, rows, (ctypes.c_int64 * 12)(*a), (ctypes.c_float * 4)(*f))
+    return Instruction(op, rows, 0, 0, (ctypes.c_int64 * 12)(*a), (ctypes.c_float * 4)(*f))

@@ -108,10 +108,13 @@ def pack_int8(q: Tensor, scale: Tensor, shape: Any, minimum: Tensor | None = Non
     """q (n, groups, 32) whole numbers -128..127 of any dtype; scale (n, groups) or (n, 2 * groups),
     minimum (n, groups) -> packed."""
     n, k = shape
-    panels = _pad_rows(q.to(torch.int8)).view(-1, PANEL, q.shape[1] * (GROUP // 4), 4)
+    groups = q.shape[1]
+    # Groups may lie apart, as in a file's blocks: this is the only copy.
+    fours = _pad_rows(q.to(torch.int8)).view(-1, PANEL, groups, GROUP // 4, 4)
+    panels = fours.permute(0, 2, 3, 1, 4).contiguous().view(-1, groups * (GROUP // 4), PANEL, 4)
     kind = INT8 if scale.shape[1] == q.shape[1] else INT8_HALF
     mins = None if minimum is None else _by_panel(minimum)
-    return PackedWeight(kind, (n, k), panels.transpose(1, 2).contiguous(), _by_panel(scale), mins)
+    return PackedWeight(kind, (n, k), panels, _by_panel(scale), mins)
 
 
 def pack_int4(q: Tensor, scale: Tensor, minimum: Tensor | None, shape: Any) -> PackedWeight:
@@ -168,7 +171,7 @@ def _divide(values: Tensor, scale: Tensor) -> Tensor:
 
 def _pad_rows(q: Tensor) -> Tensor:
     missing = -len(q) % PANEL
-    return F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q.contiguous()
+    return F.pad(q, (0, 0, 0, 0, 0, missing)) if missing else q
 
 
 def _by_panel(values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..interface import Decision
+from .instruction_order import buffer_finder, order
 from .native_library import Instruction
 from .native_ops import Issuer, NotRecorded
 
@@ -41,6 +42,11 @@ class Arena:
         handed = block[:]
         weakref.finalize(handed, free.append, block).atexit = False
         return torch.from_numpy(handed).view(rows, width)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(address, bytes) of every buffer."""
+        return [(block.ctypes.data, block.nbytes) for block in self.blocks]
 
     @property
     def nbytes(self) -> int:
@@ -82,6 +88,7 @@ class RecordedStep:
         only_views: Any = _OnlyViews  # torch leaves it untyped
         with only_views(), issuer.recording(self._arena.allocate, max_tokens) as tape:
             self._hidden = step(self._tokens, self._positions)
+        order(tape, buffer_finder(self._arena.spans))
         self.count = len(tape)
         self._instructions = (Instruction * self.count)(*tape)
 

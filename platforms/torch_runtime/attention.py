@@ -87,6 +87,8 @@ class SdpaAttention:
             reasons.append("attention sinks are not implemented by the generic backend")
         if spec.heads % spec.kv_heads:
             reasons.append(f"{spec.heads} heads do not divide among {spec.kv_heads} kv heads")
+        if spec.stored_dtype != spec.dtype:
+            reasons.append(f"keeps keys and values in {spec.dtype}, not {spec.stored_dtype}")
         return tuple(reasons)
 
     def layout(self, group: KVGroup, spec: AttentionSpec, layers: int) -> KVLayout:

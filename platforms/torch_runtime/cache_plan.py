@@ -9,6 +9,7 @@ from ...common.decisions import DecisionLog
 from ...common.errors import CheckpointError, ConfigError, OutOfMemory
 from ..interface import EngineSpec
 from ..interface_kv import CacheNeed, KVGroup, KVKind
+from .dtypes import kv_row_bytes
 
 DEFAULT_PAGE_SIZE = 16
 
@@ -21,8 +22,9 @@ class GroupNeed:
     need: CacheNeed
     layers: tuple[int, ...]
 
-    def bytes_per_token(self, itemsize: int) -> int:
-        return 2 * self.need.kv_heads * self.need.head_dim * itemsize * len(self.layers)
+    def bytes_per_token(self, kv_dtype: str) -> int:
+        row = kv_row_bytes(kv_dtype, self.need.head_dim)
+        return 2 * self.need.kv_heads * row * len(self.layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +72,14 @@ class CachePlanner:
         self,
         spec: EngineSpec,
         needs: Sequence[GroupNeed],
-        itemsize: int,
+        kv_dtype: str,
         context_length: int,
         budget: tuple[int, str],
         log: DecisionLog,
     ) -> None:
         self._spec = spec
         self._needs = needs
-        self._itemsize = itemsize
+        self._kv_dtype = kv_dtype
         self._context_length = context_length
         self._budget, self._budget_reason = budget
         self._log = log
@@ -152,7 +154,7 @@ class CachePlanner:
 
     def _group(self, need: GroupNeed, pages: int) -> KVGroup:
         size = self._page_size
-        cost = need.bytes_per_token(self._itemsize) * size
+        cost = need.bytes_per_token(self._kv_dtype) * size
         if need.need.kind is KVKind.FULL:
             return KVGroup(need.name, KVKind.FULL, size, pages, 0, cost)
         # Twice what full rows hold, so that the prefix tree can keep windows too.

@@ -73,6 +73,11 @@ class TorchDevice:
                 return name, "the 16-bit dtype native to this device"
         return "float32", "this device has no native 16-bit dtype"
 
+    def default_kv_dtype(self, dtype: str, quantised: bool) -> tuple[str, str]:
+        """The dtype of keys and values when the user names none, and why. `quantised`: weights
+        are kept in fewer bits than a float has."""
+        return dtype, "the dtype of the activations"
+
     def memory(self) -> tuple[int, int]:
         free, total = torch.accelerator.get_memory_info(self.torch_device.index or 0)
         return int(free), int(total)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from ...common.decisions import DecisionLog
 from ...common.errors import KernelError, OutOfMemory
 from ...common.ops.registry import KernelRegistry
 from ...models.base import Model
+from ...models.quantization import has_quantised
 from ...models.quantization import weight_bytes as bytes_of_weights
-from ..interface import EngineSpec, ExecutorInfo, LoadProgress, Status, Support
-from ..interface_attention import AttentionBackend
+from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Status, Support
+from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable, Problem
 from ..interface_step import StepBatch, StepResult
 from .cache_plan import CachePlan, CachePlanner, GroupNeed, gib, group_needs
@@ -115,20 +117,17 @@ class TorchExecutor:
         problems = self._problems(source, dtype, quantize)
         ops = registry.resolve(problems, device.facts, spec.kernels, spec.strict)
         model = source.build(ops, DTYPES[dtype], quantize)
-        attention, decision = registry.resolve_attention(
-            model.attention_specs(), device.facts, spec.kernels.get("attention"), spec.strict
-        )
-        log.extend([*ops.decisions, decision])
+        attention, specs, decisions = self._attention(model, dtype, registry)
+        log.extend([*ops.decisions, *decisions])
         needs = group_needs(model.cache_needs())
         weight_bytes, budget = self._memory(model)
-        planner = CachePlanner(
-            spec, needs, DTYPES[dtype].itemsize, source.context_length, budget, log
-        )
+        kv_dtype = specs[0].stored_dtype if specs else dtype
+        planner = CachePlanner(spec, needs, kv_dtype, source.context_length, budget, log)
         plan = planner.plan()
         source.load(model, device.to_device, progress)
-        groups = self._reserve(plan, needs, model, attention, ops)
+        groups = self._reserve(plan, needs, specs, attention, ops)
         self._runner = ModelRunner(
-            model, groups, attention, ops, device, spec.max_rows, source.vocab_size
+            model, groups, attention, specs, ops, device, spec.max_rows, source.vocab_size
         )
         log.extend([self._runner.capture(spec.max_step_tokens)])
         return self._info(source, plan, dtype, weight_bytes, log)
@@ -174,6 +173,30 @@ class TorchExecutor:
         log.add("weights", schemes, because)
         return "stored"
 
+    def _attention(
+        self, model: Model, dtype: str, registry: KernelRegistry
+    ) -> tuple[AttentionBackend, list[AttentionSpec], list[Decision]]:
+        """The backend, the layers' specs with the dtype of keys and values, and why. A dtype that
+        the user named is served or refused; the device's own choice gives way to `dtype`."""
+        spec, facts = self._spec, self._device.facts
+        chosen, because = spec.kv_dtype, "set by the user"
+        specs = [replace(s, kv_dtype=chosen or "") for s in model.attention_specs()]
+        backend, decision = registry.resolve_attention(
+            specs, facts, spec.kernels.get("attention"), spec.strict
+        )
+        rejected: tuple[tuple[str, str], ...] = ()
+        if chosen is None:
+            chosen, because = self._device.default_kv_dtype(dtype, has_quantised(model))
+            wanted = [replace(s, kv_dtype=chosen) for s in specs]
+            reasons = dict.fromkeys(r for s in wanted for r in backend.accepts(s, facts))
+            if reasons:
+                rejected = ((chosen, "; ".join(reasons)),)
+                chosen, because = dtype, f"what the attention kernel {backend.name} keeps"
+            else:
+                specs = wanted
+        kept = Decision("keys and values", chosen, because, rejected)
+        return backend, specs, [decision, kept]
+
     def _memory(self, model: Model) -> tuple[int, tuple[int, str]]:
         """Bytes of the weights, and what is left for the cache with the reason."""
         weight_bytes = bytes_of_weights(model)
@@ -193,11 +216,10 @@ class TorchExecutor:
         self,
         plan: CachePlan,
         needs: tuple[GroupNeed, ...],
-        model: Model,
+        specs: Sequence[AttentionSpec],
         attention: AttentionBackend,
         ops: KernelTable,
     ) -> list[CacheGroup]:
-        specs = model.attention_specs()
         groups = []
         for group, need in zip(plan.groups, needs, strict=True):
             layout = attention.layout(group, specs[need.layers[0]], len(need.layers))

@@ -45,6 +45,7 @@ class ModelRunner:
         model: Model,
         groups: Sequence[CacheGroup],
         attention: AttentionBackend,
+        specs: Sequence[AttentionSpec],
         ops: KernelTable,
         device: TorchDevice,
         max_rows: int,
@@ -56,7 +57,7 @@ class ModelRunner:
         self._ops = ops
         self._device = device
         self._vocab_size = vocab_size
-        self._specs: Sequence[AttentionSpec] = model.attention_specs()
+        self._specs = specs
         self._last = torch.zeros(max_rows, dtype=torch.int64, device=device.torch_device)
         self._bound: list[Any] = []
         self._step: Step = self._forward

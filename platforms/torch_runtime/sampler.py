@@ -36,7 +36,7 @@ def sample(
     adjusting = len(sampling.bias_ids) or grammar_mask is not None or len(_penalised(sampling))
     x = logits
     if shortlist and not adjusting:
-        best, tokens = x.max(dim=-1)  # the first of equal values
+        best, tokens = _best_on_host(x)
     if adjusting or not shortlist or not bool(torch.isfinite(best).all()):
         x = torch.nan_to_num(logits, nan=-torch.inf, posinf=1e30, neginf=-torch.inf)
         _add_bias(x, sampling)
@@ -52,6 +52,13 @@ def sample(
         drawn = _draw(x[rows], best[rows], sampling, drawing, wide, shortlist)
         tokens = tokens.index_copy(0, rows, drawn)
     return torch.where(best == -torch.inf, -1, tokens)
+
+
+def _best_on_host(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (R, V) on the host -> the largest value of each row, the first of NaN if there is any, and
+    its first place. numpy's search is an order of magnitude faster than torch's `max` there."""
+    tokens = torch.from_numpy(np.asarray(x.numpy().argmax(axis=-1)))
+    return x.gather(1, tokens.unsqueeze(1)).squeeze(1), tokens
 
 
 def unpack_mask(words: Tensor, vocab: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`sixfold bench`."""
+"""`sixfold bench`: the load generator itself, and the group that its subcommands are in."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import click
 
 from ...common.errors import ConfigError
+from .bench_peers import peers
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server.")
 @click.option("--model", default="", help="Model name; the first one served if not given.")
 @click.option("--api-key", help="Key of the server.")
@@ -32,8 +33,17 @@ from ...common.errors import ConfigError
 @click.option("--seed", type=int, help="Repeat a run's prompts; random if not given.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write figures here.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Write a PNG plot here.")
-def bench(json_file: str | None, plot: str | None, **settings: Any) -> None:
-    """Send synthetic prompts to a server and report latency and throughput."""
+@click.pass_context
+def bench(
+    context: click.Context, /, json_file: str | None, plot: str | None, **settings: Any
+) -> None:
+    """Send synthetic prompts to a server and report latency and throughput.
+
+    With a command: that instead.
+    """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
     if plot is not None:
         _need_matplotlib()
     if settings["rate"] is not None and settings["rate"] <= 0:
@@ -50,6 +60,21 @@ def bench(json_file: str | None, plot: str | None, **settings: Any) -> None:
     click.echo(_table(report))
     if report["errors"]:
         raise SystemExit(1)
+
+
+bench.add_command(peers)
+
+
+def _refuse_options(context: click.Context) -> None:
+    """What stands before a subcommand would be ignored, and a flag is never ignored."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{parameter.opts[0]} before `{context.invoked_subcommand}` has no meaning; "
+                "options of a command stand after it.",
+                context,
+            )
 
 
 def _table(report: dict[str, Any]) -> str:

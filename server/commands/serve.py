@@ -15,6 +15,7 @@ from ...common.errors import ConfigError
 
 if TYPE_CHECKING:
     from ...common.messages import Loading
+    from ..early_engine import EarlyEngine
     from ..run import ServeOptions
     from ..service import Service
 
@@ -49,6 +50,7 @@ def _engine_options(command: Any) -> Any:
         click.option("--no-overlap", is_flag=True, help="End each step before the next begins."),
         click.option("--threads", type=int, help="Threads for compute on a processor."),
         click.option("--quantize", help="Matrices as int8, int4, or none; else as stored."),
+        click.option("--kv-dtype", help="Keys and values: float32, bfloat16, float16 or int8."),
         click.option(
             "--kernel", "kernel", multiple=True, help="Name an op's kernel as op=provider."
         ),
@@ -98,7 +100,7 @@ def serve(model: str, **flags: Any) -> None:
             name: flags[name]
             for name in (
                 "platform dtype device_index max_context page_size cache_tokens memory_fraction "
-                "max_rows max_step_tokens max_queue eviction threads quantize strict"
+                "max_rows max_step_tokens max_queue eviction threads quantize kv_dtype strict"
             ).split()
         },
     )
@@ -120,6 +122,17 @@ def _explain(config: EngineConfig) -> None:
 
 
 def _serve(config: EngineConfig, flags: dict[str, Any]) -> None:
+    from ..early_engine import EarlyEngine
+
+    early = EarlyEngine(config, flags["log_level"])
+    try:
+        code = _serve_with(early, config, flags)
+    finally:
+        early.close()
+    sys.exit(code)
+
+
+def _serve_with(early: EarlyEngine, config: EngineConfig, flags: dict[str, Any]) -> int:
     import logging
 
     from ..listener import bind
@@ -141,8 +154,7 @@ def _serve(config: EngineConfig, flags: dict[str, Any]) -> None:
     )
     listener = bind(flags["host"], flags["port"])
     with listener:
-        code = serve(options, listener, _Terminal(options))
-    sys.exit(code)
+        return serve(options, listener, _Terminal(options), early)
 
 
 class _Terminal:

@@ -8,7 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from support.attention_checks import LAYER, run_case
+from support.attention_checks import (
+    LAYER,
+    cpu_device,
+    from_int8_rows,
+    run_case,
+    step_batch,
+    to_int8_rows,
+)
 from support.kernel_checks import check, rounded_to_bytes
 from torch import Tensor
 
@@ -19,7 +26,12 @@ from sixfold.platforms.cpu.native_attention import NativeAttention
 from sixfold.platforms.cpu.native_library import LEVELS, Team, missing, usable_levels
 from sixfold.platforms.cpu.native_ops import Issuer, NativeOps
 from sixfold.platforms.cpu.packing import PackedWeight
+from sixfold.platforms.interface_attention import AttentionSpec
+from sixfold.platforms.interface_kernels import KernelTable
+from sixfold.platforms.interface_kv import KVGroup, KVKind
 from sixfold.platforms.machine import observe
+from sixfold.platforms.torch_runtime.dtypes import KV_DTYPES
+from sixfold.platforms.torch_runtime.pools import TorchKVPool
 
 HERE = usable_levels(observe().cpu_features)
 SHAPES = [(1, 64, 48), (3, 33, 17), (4, 1, 16), (9, 576, 100), (37, 96, 49), (1, 7, 1), (0, 32, 16)]
@@ -127,6 +139,72 @@ def test_attention_equals_the_reference(
         want = OPS["attention"].reference(**case.args)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=case.name)
         assert bool((pool.data[1 - LAYER] == 7.0).all()), "another layer was touched"
+
+
+def _as_kept(x: np.ndarray, kv_dtype: str) -> np.ndarray:
+    """What a cache of this dtype makes of keys or values."""
+    if kv_dtype == "int8":
+        return from_int8_rows(to_int8_rows(x).numpy())
+    return torch.from_numpy(x).to(KV_DTYPES[kv_dtype]).float().numpy()
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16", "int8"])
+def test_attention_on_narrow_keys_and_values(issuer: Issuer, kv_dtype: str) -> None:
+    """Equal to the reference on keys and values rounded as the cache rounds them: the oracle knows
+    the format, so its own error is not an excuse."""
+    backend = NativeAttention(issuer)
+    for case in OPS["attention"].cases(np.random.default_rng(11)):
+        got, pool = run_case(backend, case, "float32", kv_dtype)
+        kept = {name: _as_kept(case.args[name], kv_dtype) for name in ("keys", "values", "k", "v")}
+        want = OPS["attention"].reference(**{**case.args, **kept})
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5, err_msg=case.name)
+        assert bool((pool.data[1 - LAYER] == 7).all()), "another layer was touched"
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16"])
+def test_numbers_that_a_narrow_cache_can_just_hold(issuer: Issuer, kv_dtype: str) -> None:
+    """Written to the cache and read back: subnormals, ties, signs, the largest; beyond fp16's
+    largest the largest stands, and NaN stays NaN."""
+    dtype = KV_DTYPES[kv_dtype]
+    special = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            1e-7,
+            6e-8,
+            2.9e-8,
+            -6.1e-5,
+            6.097e-5,
+            65504.0,
+            65519.0,
+            1.00048828125,
+            1.00146484375,
+            -3.140625,
+            1e-30,
+            2049.0,
+            2051.0,
+            7.0,
+        ]
+    )
+    k = special.repeat(2).view(1, 1, 32)
+    v = torch.cat((torch.tensor([1e6, -1e30, float("nan"), 3.3e38]), torch.randn(28))).view(
+        1, 1, 32
+    )
+    group = KVGroup("g", KVKind.FULL, 4, 3)
+    spec = AttentionSpec(1, 1, 32, 1.0, kv_dtype=kv_dtype)
+    backend = NativeAttention(issuer)
+    pool = TorchKVPool(group, backend.layout(group, spec, 1), cpu_device(), KernelTable({}, ()))
+    pool.data.zero_()
+    args = {
+        "q": np.zeros((1, 1, 32)), "query_start": np.array([0, 1], np.int32),
+        "context_lens": np.zeros(1, np.int32), "page_table": np.array([[2]], np.int32),
+    }  # fmt: skip
+    bound = backend.bind(backend.plan(step_batch(args, "g"), group))
+    backend.run(bound, pool, 0, torch.zeros(1, 1, 32), k, v, spec)
+    most = torch.finfo(dtype).max
+    for kept, given in zip(pool.tokens[0, 2, 0], (k, v), strict=True):
+        want = given[0].clamp(-most, most) if kv_dtype == "float16" else given[0]
+        assert torch.equal(kept.nan_to_num(5.0), want.to(dtype).nan_to_num(5.0))
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])

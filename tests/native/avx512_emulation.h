@@ -2,6 +2,7 @@
 // CPU without them. Written from the operation sections of Intel's intrinsics guide. Included in
 // place of <immintrin.h>; vectors are GCC's, lowered to whatever the CPU has.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -9,6 +10,8 @@ typedef int64_t __m512i __attribute__((vector_size(64), may_alias));
 typedef int64_t __m256i __attribute__((vector_size(32), may_alias));
 typedef float __m512 __attribute__((vector_size(64), may_alias));
 typedef uint64_t __mmask64;
+
+#define SIXFOLD_KEEP(value) asm("" : "+m"(value))  // no register holds these vectors
 
 namespace emulated {
 template <typename T, typename V>
@@ -111,4 +114,24 @@ static inline __m512 _mm512_cvtph_ps(__m256i halves) {
   __m512 v;
   std::memcpy(&v, f, sizeof v);
   return v;
+}
+
+#define _MM_FROUND_TO_NEAREST_INT 0
+
+// For numbers that fp16 holds after rounding.
+static inline __m256i _mm512_cvtps_ph(__m512 v, int) {
+  uint16_t h[16];
+  for (int i = 0; i < 16; ++i) {
+    const double size = std::fabs(static_cast<double>(v[i]));
+    int exponent = 0;
+    std::frexp(size, &exponent);
+    if (exponent < -13) exponent = -13;  // a subnormal has the step of the smallest normal
+    // Steps of 2^(exponent - 11): 1024..2047 of them, 2048 carry into the exponent by themselves.
+    const int steps = size == size ? static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent))) : 0;
+    const int bits = size != size ? 0x7e00 : steps < 1024 ? steps : ((exponent + 13) << 10) + steps;
+    h[i] = static_cast<uint16_t>(bits | (std::signbit(v[i]) ? 0x8000 : 0));
+  }
+  __m256i out;
+  std::memcpy(&out, h, sizeof out);
+  return out;
 }

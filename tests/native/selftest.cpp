@@ -38,6 +38,20 @@ uint16_t half_of(float x) {  // exact for the few multiples of 2^-10 below 1 tha
   return static_cast<uint16_t>(((exponent + 14) << 10) | (static_cast<int>(fraction * 2048) & 1023));
 }
 
+double from_bf16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+double from_f16(uint16_t half) {
+  const int exponent = half >> 10 & 31;
+  const double size = exponent ? std::ldexp(1024 + (half & 1023), exponent - 25)
+                               : std::ldexp(half & 1023, -24);
+  return half & 0x8000 ? -size : size;
+}
+
 void near(double got, double want, double size, const char* what, int at) {
   ++checks;
   if (std::fabs(got - want) <= 3e-5 * (1 + size)) return;
@@ -126,8 +140,8 @@ void check_linear(void* team, int format, int rows, int n, int k, bool has_min) 
   const int groups = (k + 31) / 32;
   std::vector<char> codes(static_cast<size_t>(rows) * groups * (3 * 32 + 12));
   Instruction list[2] = {};
-  list[0] = {kQuantise, rows, {address(x.data()), k, address(codes.data()), k}, {}};
-  list[1] = {kLinear, rows,
+  list[0] = {kQuantise, rows, 0, 0, {address(x.data()), k, address(codes.data()), k}, {}};
+  list[1] = {kLinear, rows, 0, 0,
              {address(x.data()), k, address(&m.struct_), address(out.data()), n,
               address(codes.data())}, {}};
   sixfold_run(team, list, 2, rows);
@@ -151,13 +165,59 @@ void check_linear(void* team, int format, int rows, int n, int k, bool has_min) 
 }
 
 // One row that decodes and one that prefills, with a window or without.
-void check_attention(void* team, int heads, int kv_heads, int dim, int window, int page_size) {
+void check_attention(void* team, int heads, int kv_heads, int dim, int window, int page_size,
+                     int format) {
   const int context[2] = {70, 9}, fresh[2] = {1, 41}, rows = 2, tokens = 42, width = 80;
   std::vector<int32_t> table(rows * width), starts = {0, 1, 42}, contexts = {70, 9};
   for (int i = 0; i < rows * width; ++i) table[i] = 1 + (i * 37) % (rows * width);
   const int64_t slots = static_cast<int64_t>(rows * width + 1) * page_size;
-  const int token_floats = 2 * kv_heads * dim;
-  std::vector<float> pool = normals(static_cast<size_t>(slots) * token_floats);
+  const int row_bytes = format == kF32 ? 4 * dim : format == kQ8 ? dim + 4 : 2 * dim;
+  const int width_all = kv_heads * dim;
+  // Keys and values by slot; the kernel writes them to the pages, which are read back as kept.
+  const std::vector<float> keys = normals(static_cast<size_t>(slots) * width_all);
+  const std::vector<float> values = normals(static_cast<size_t>(slots) * width_all);
+  std::vector<uint8_t> pool(static_cast<size_t>(slots) * 2 * kv_heads * row_bytes, 0xff);
+  std::vector<int64_t> everywhere(slots);
+  for (int64_t i = 0; i < slots; ++i) everywhere[i] = slots - 1 - i;
+  AttentionSpec spec = {heads, kv_heads, dim, window, 0.2f, 0.0f, format, row_bytes};
+  AttentionPlan filling = {};
+  filling.page_size = page_size, filling.slots = everywhere.data();
+  Instruction fill[1] = {};
+  fill[0] = {kKvWrite, static_cast<int32_t>(slots), 0, 0, {address(keys.data()), width_all,
+             address(values.data()), width_all, address(pool.data()), address(&spec),
+             address(&filling)}, {}};
+  sixfold_run(team, fill, 1, slots);
+  auto read = [&](int64_t slot, int head, int kind, int d) {
+    const int64_t page = slot / page_size, at = slot % page_size;
+    const uint8_t* row = &pool[static_cast<size_t>(
+        (((page * kv_heads + head) * 2 + kind) * page_size + at) * row_bytes)];
+    const float given = (kind ? values : keys)[static_cast<size_t>(
+        (slots - 1 - slot) * width_all + head * dim + d)];
+    double value = 0;
+    if (format == kF32) {
+      float x;
+      std::memcpy(&x, row + 4 * d, 4);
+      value = x;
+    } else if (format == kQ8) {
+      float scale;
+      std::memcpy(&scale, row + dim, 4);
+      value = static_cast<double>(static_cast<int8_t>(row[d])) * scale;
+    } else {
+      uint16_t bits;
+      std::memcpy(&bits, row + 2 * d, 2);
+      value = format == kBF16 ? from_bf16(bits) : from_f16(bits);
+    }
+    near(value, given, format == kF32 ? 0 : format == kF16 ? 300 : 3000, "kept", d);
+    return value;
+  };
+  std::vector<double> all;  // (slots, kv heads, key or value, dim) as kept
+  for (int64_t slot = 0; slot < slots; ++slot)
+    for (int head = 0; head < kv_heads; ++head)
+      for (int kind = 0; kind < 2; ++kind)
+        for (int d = 0; d < dim; ++d) all.push_back(read(slot, head, kind, d));
+  auto kept = [&](int64_t slot, int head, int kind, int d) {
+    return all[static_cast<size_t>(((slot * kv_heads + head) * 2 + kind) * dim + d)];
+  };
   const std::vector<float> q = normals(static_cast<size_t>(tokens) * heads * dim);
   std::vector<float> out(q.size(), NAN);
   // Row 0 is cut in two parts that are merged.
@@ -172,11 +232,10 @@ void check_attention(void* team, int heads, int kv_heads, int dim, int window, i
   AttentionPlan plan = {rows, page_size, width, tokens, table.data(), starts.data(),
                         contexts.data(), nullptr, work.data(),
                         static_cast<int32_t>(work.size() / 5), 2, merge, 1, 0, partials.data()};
-  AttentionSpec spec = {heads, kv_heads, dim, window, 0.2f, 0.0f};
   Instruction list[2] = {};
-  list[0] = {kAttention, tokens, {address(q.data()), heads * dim, address(pool.data()),
+  list[0] = {kAttention, tokens, 0, 0, {address(q.data()), heads * dim, address(pool.data()),
              address(out.data()), address(&spec), address(&plan)}, {}};
-  list[1] = {kMerge, tokens, {address(out.data()), address(&spec), address(&plan)}, {}};
+  list[1] = {kMerge, tokens, 0, 0, {address(out.data()), address(&spec), address(&plan)}, {}};
   sixfold_run(team, list, 2, tokens);
   for (int token = 0; token < tokens; ++token) {
     const int row = token ? 1 : 0, position = context[row] + (token ? token - 1 : 0);
@@ -184,16 +243,15 @@ void check_attention(void* team, int heads, int kv_heads, int dim, int window, i
     for (int head = 0; head < heads; ++head) {
       std::vector<double> weights;
       double total = 0, best = -1e300;
-      auto key = [&](int p) {
-        const int64_t slot = static_cast<int64_t>(table[row * width + p / page_size]) * page_size +
-                             p % page_size;
-        return &pool[static_cast<size_t>(slot) * token_floats + head / (heads / kv_heads) * dim];
+      const int kv_head = head / (heads / kv_heads);
+      auto slot = [&](int p) {
+        return static_cast<int64_t>(table[row * width + p / page_size]) * page_size + p % page_size;
       };
       for (int p = first; p <= position; ++p) {
         double dot = 0;
         for (int d = 0; d < dim; ++d)
           dot += static_cast<double>(q[(static_cast<size_t>(token) * heads + head) * dim + d]) *
-                 key(p)[d];
+                 kept(slot(p), kv_head, 0, d);
         weights.push_back(dot * 0.2f);
         best = std::fmax(best, dot * 0.2f);
       }
@@ -201,7 +259,7 @@ void check_attention(void* team, int heads, int kv_heads, int dim, int window, i
       for (int d = 0; d < dim; ++d) {
         double want = 0;
         for (int p = first; p <= position; ++p)
-          want += weights[p - first] / total * key(p)[kv_heads * dim + d];
+          want += weights[p - first] / total * kept(slot(p), kv_head, 1, d);
         near(out[(static_cast<size_t>(token) * heads + head) * dim + d], want, 1, "attention", token);
       }
     }
@@ -227,11 +285,12 @@ int main(int count, char** names) {
               if (format == kQ8 || format == kQ4) check_linear(team, format, rows, n, k, true);
             }
       for (int window : {0, 6, 20})
-        for (int page_size : {1, 16}) {
-          check_attention(team, 6, 2, 16, window, page_size);
-          check_attention(team, 3, 3, 20, window, page_size);
-          check_attention(team, 8, 1, 64, window, page_size);
-        }
+        for (int page_size : {1, 16})
+          for (int format : {kF32, kBF16, kF16, kQ8}) {
+            check_attention(team, 6, 2, 16, window, page_size, format);
+            check_attention(team, 3, 3, 20, window, page_size, format);
+            check_attention(team, 8, 1, 64, window, page_size, format);
+          }
       sixfold_team_free(team);
     }
     std::printf("%s: %d checks passed\n", names[i], checks);

@@ -15,6 +15,7 @@ from sixfold.common.config import EngineConfig
 from sixfold.common.errors import EngineDied, SixfoldError
 from sixfold.common.sampling import SamplingParams
 from sixfold.server import engine_client
+from sixfold.server.early_engine import EarlyEngine
 from sixfold.server.engine_client import EngineClient, Wanted
 from sixfold.server.launch import Located
 
@@ -65,6 +66,38 @@ def test_life_of_an_engine_process(
 
     asyncio.run(asyncio.wait_for(work(), DEADLINE))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_started_early_serves_and_one_not_needed_ends(toy_model: Path) -> None:
+    spare = EarlyEngine(EngineConfig(platform="toy"), "warning")
+    broken = EarlyEngine(EngineConfig(platform="gameboy"), "warning")
+
+    async def work() -> None:
+        early = EarlyEngine(EngineConfig(platform="toy"), "warning")
+        client = EngineClient(
+            EngineConfig(platform="toy"), Located(toy_model, "given"), early=early
+        )
+        assert (await client.start()).platform == "toy"
+        assert client.pid == early.process.pid
+        early.close()  # begun, so it is the client's
+        assert len(await complete(client, b"Hello")) == 5
+        assert await client.stop(drain_seconds=DEADLINE)
+
+    async def refused() -> None:
+        client = EngineClient(
+            EngineConfig(platform="gameboy"), Located(toy_model, "given"), early=broken
+        )
+        try:
+            await client.start()
+        finally:
+            await client.stop(0)
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE))
+    with pytest.raises(SixfoldError, match="gameboy"):
+        asyncio.run(asyncio.wait_for(refused(), DEADLINE))
+    spare.close()
+    spare.close()
+    assert not spare.process.is_alive()
 
 
 def test_a_refused_request_ends_with_its_error(toy_model: Path) -> None:

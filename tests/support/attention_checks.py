@@ -44,15 +44,18 @@ def step_batch(args: dict[str, Any], group: str) -> StepBatch:
     )
 
 
-def run_case(backend: AttentionBackend, case: Case, dtype: str) -> tuple[np.ndarray, TorchKVPool]:
+def run_case(
+    backend: AttentionBackend, case: Case, dtype: str, kv_dtype: str = ""
+) -> tuple[np.ndarray, TorchKVPool]:
     """(T, heads, dim) and the pool afterwards."""
     args = dict(case.args)
     size, window = args["page_size"], args["window"]
     slots, kv_heads, dim = args["keys"].shape
     group = KVGroup("g", KVKind.WINDOW if window else KVKind.FULL, size, slots // size, window)
     spec = AttentionSpec(
-        args["q"].shape[1], kv_heads, dim, args["scale"], window, args["soft_cap"], dtype=dtype
-    )
+        args["q"].shape[1], kv_heads, dim, args["scale"], window, args["soft_cap"],
+        dtype=dtype, kv_dtype=kv_dtype,
+    )  # fmt: skip
     refused = backend.accepts(spec, cpu_facts())
     if refused:
         raise AssertionError(f"{backend.name} refuses {case.name}: {refused}")
@@ -71,9 +74,24 @@ def run_case(backend: AttentionBackend, case: Case, dtype: str) -> tuple[np.ndar
 
 def fill(pool: TorchKVPool, keys: np.ndarray, values: np.ndarray) -> None:
     """Layer 1 by slots as given, the other layers a sentinel."""
-    pool.data.fill_(7.0)
+    pool.data.fill_(7)
     everywhere = torch.arange(len(keys))
     dtype = pool.data.dtype
-    pool.write(
-        LAYER, everywhere, torch.from_numpy(keys).to(dtype), torch.from_numpy(values).to(dtype)
+    k, v = (
+        to_int8_rows(x) if dtype == torch.int8 else torch.from_numpy(x).to(dtype)
+        for x in (keys, values)
     )
+    pool.write(LAYER, everywhere, k, v)
+
+
+def to_int8_rows(x: np.ndarray) -> torch.Tensor:
+    """x (..., dim) float32 -> (..., dim + 4) int8: whole steps of a 127th of a row's largest
+    magnitude, then that step as a float32."""
+    step = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    q = np.nan_to_num(np.rint(x / np.where(step > 0, step, 1))).astype(np.int8)
+    return torch.from_numpy(np.concatenate((q, step.astype("<f4").view(np.int8)), -1))
+
+
+def from_int8_rows(rows: np.ndarray) -> np.ndarray:
+    step = np.ascontiguousarray(rows[..., -4:]).view("<f4")
+    return rows[..., :-4].astype(np.float32) * step

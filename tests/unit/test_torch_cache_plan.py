@@ -21,7 +21,9 @@ def plan(
 ) -> tuple[CachePlan, DecisionLog]:
     log = DecisionLog()
     engine = EngineSpec("", **spec)
-    planner = CachePlanner(engine, group_needs(needs), 4, context, (budget, "a test's budget"), log)
+    planner = CachePlanner(
+        engine, group_needs(needs), "float32", context, (budget, "a test's budget"), log
+    )
     return planner.plan(), log
 
 

@@ -6,14 +6,47 @@
 constexpr int kKeys = 64;  // keys of a block of logits
 constexpr int kQueryRows = 96;
 constexpr int kFewRows = 6;  // below, turning the keys costs more than it saves
+constexpr int kTile = W == 16 ? 8 : W == 8 ? 6 : 4;
 
 struct Piece {
   int32_t row, query_first, query_last, key_first, key_last;
 };
 
-// logits (rows, kKeys) of `count` keys, gathered from pages and turned so that lanes are keys.
+// Keys of a block widened and turned, so that lanes are keys: (dim, kKeys).
+template <int F>
+static void turn_keys(const uint8_t* const* keys, int count, int dim, float* turned) {
+  for (int j = 0; j < count; j += W) {
+    alignas(64) float scales[W];
+    for (int i = 0; i < W; ++i)
+      scales[i] = j + i < count ? kv_scale<F>(keys[j + i], dim) : 0.0f;
+    const nf scale = load(scales);
+    int d = 0;
+    for (; d + W <= dim; d += W) {
+      nf block[W];
+      for (int i = 0; i < W; ++i) block[i] = load_kv<F>(keys[j + i < count ? j + i : j], d);
+      transpose(block);
+      for (int i = 0; i < W; ++i) store(turned + (d + i) * kKeys + j, block[i] * scale);
+    }
+    for (; d < dim; ++d)
+      for (int i = 0; i < W; ++i)
+        turned[d * kKeys + j + i] = j + i < count ? kv_at<F>(keys[j + i], d) * scales[i] : 0.0f;
+  }
+}
+
+// Values of a block as float, (count, dim).
+template <int F>
+static void widen_values(const uint8_t* const* values, int count, int dim, float* wide) {
+  for (int j = 0; j < count; ++j, wide += dim) {
+    const float scale = kv_scale<F>(values[j], dim);
+    int d = 0;
+    for (; d + W <= dim; d += W) store(wide + d, load_kv<F>(values[j], d) * scale);
+    for (; d < dim; ++d) wide[d] = kv_at<F>(values[j], d) * scale;
+  }
+}
+
+// logits (M, kKeys) from turned keys.
 template <int M>
-SIXFOLD_INLINE void logits_tile(const float* const* q, const float* turned, int dim, float* out) {
+SIXFOLD_INLINE void logits_turned(const float* const* q, const float* turned, int dim, float* out) {
   for (int block = 0; block < kKeys; block += 2 * W) {
     nf sum[M][2] = {};
     for (int d = 0; d < dim; ++d) {
@@ -30,64 +63,83 @@ SIXFOLD_INLINE void logits_tile(const float* const* q, const float* turned, int 
   }
 }
 
-// out (M, dim) = out * keep + weights (M, count) times values.
-template <int M>
-SIXFOLD_INLINE void values_tile(const float* weights, const float* const* values, int count,
-                                int dim, const float* keep, float* out) {
-  int d = 0;
-  for (; d + 2 * W <= dim; d += 2 * W) {
-    nf sum[M][2];
-    for (int m = 0; m < M; ++m) {
-      sum[m][0] = load(out + m * dim + d) * keep[m];
-      sum[m][1] = load(out + m * dim + d + W) * keep[m];
-    }
-    for (int j = 0; j < count; ++j) {
-      const nf a = load(values[j] + d), b = load(values[j] + d + W);
-      for (int m = 0; m < M; ++m) {
-        const nf x = splat(weights[m * kKeys + j]);
-        sum[m][0] += x * a, sum[m][1] += x * b;
-      }
-    }
-    for (int m = 0; m < M; ++m) {
-      store(out + m * dim + d, sum[m][0]);
-      store(out + m * dim + d + W, sum[m][1]);
-    }
-  }
-  for (; d < dim; ++d)
-    for (int m = 0; m < M; ++m) {
-      float sum = out[m * dim + d] * keep[m];
-      for (int j = 0; j < count; ++j) sum += weights[m * kKeys + j] * values[j][d];
-      out[m * dim + d] = sum;
-    }
+SIXFOLD_INLINE void fetch(const uint8_t* row, int bytes) {
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
-// With few query rows turning the keys would cost more than the products: lanes are dimensions.
-template <int M>
-SIXFOLD_INLINE void logits_direct(const float* const* q, const float* const* keys, int count,
+// The same from keys as they are: lanes are dimensions.
+template <int F, int M>
+SIXFOLD_INLINE void logits_direct(const float* const* q, const uint8_t* const* keys, int count,
                                   int dim, float* out) {
   for (int j = 0; j < count; j += W) {
-    nf sums[M][W] = {};
-    float rest[M][W] = {};
-    for (int i = 0; i < W && j + i < count; i += 2) {
-      const float* first = keys[j + i];
-      const float* second = keys[j + i + 1 < count ? j + i + 1 : j + i];
-      nf a[M] = {}, b[M] = {};
+    nf sums[M][W];
+    for (int i = 0; i < W; i += 2) {
+      const uint8_t* first = keys[j + i < count ? j + i : j];
+      const uint8_t* second = keys[j + i + 1 < count ? j + i + 1 : j];
+      nf a[M], b[M];
+      for (int m = 0; m < M; ++m) a[m] = b[m] = nf{};
       int d = 0;
       for (; d + W <= dim; d += W) {
-        const nf x = load(first + d), y = load(second + d);
+        const nf x = load_kv<F>(first, d), y = load_kv<F>(second, d);
         for (int m = 0; m < M; ++m) {
           const nf query = load(q[m] + d);
           a[m] += query * x, b[m] += query * y;
         }
       }
-      for (int m = 0; m < M; ++m) {
-        sums[m][i] = a[m], sums[m][i + 1] = b[m];
-        for (int e = d; e < dim; ++e)
-          rest[m][i] += q[m][e] * first[e], rest[m][i + 1] += q[m][e] * second[e];
+      for (; d < dim; ++d)
+        for (int m = 0; m < M; ++m) {
+          a[m][0] += q[m][d] * kv_at<F>(first, d);
+          b[m][0] += q[m][d] * kv_at<F>(second, d);
+        }
+      for (int m = 0; m < M; ++m) sums[m][i] = a[m], sums[m][i + 1] = b[m];
+    }
+    nf scale;
+    if constexpr (F == kQ8) {
+      alignas(64) float scales[W];
+      for (int i = 0; i < W; ++i) scales[i] = kv_scale<F>(keys[j + i < count ? j + i : j], dim);
+      scale = load(scales);
+    }
+    for (int m = 0; m < M; ++m) {
+      nf total = sums_of(sums[m]);
+      if constexpr (F == kQ8) total *= scale;
+      store(out + m * kKeys + j, total);
+    }
+  }
+}
+
+// out (M, dim) = out * keep + weights (M, count) times values.
+template <int F, int M, int V>
+SIXFOLD_INLINE int values_part(const float* weights, const uint8_t* const* values, int count,
+                               int dim, const float* keep, float* out, int d) {
+  for (; d + V * W <= dim; d += V * W) {
+    nf sum[M][V];
+    for (int m = 0; m < M; ++m)
+      for (int p = 0; p < V; ++p) sum[m][p] = load(out + m * dim + d + p * W) * keep[m];
+    for (int j = 0; j < count; ++j) {
+      nf x[M];
+      for (int m = 0; m < M; ++m) x[m] = splat(weights[m * kKeys + j]);
+      for (int p = 0; p < V; ++p) {
+        const nf value = load_kv<F>(values[j], d + p * W);
+        for (int m = 0; m < M; ++m) sum[m][p] += x[m] * value;
       }
     }
-    for (int m = 0; m < M; ++m) store(out + m * kKeys + j, sums_of(sums[m]) + load(rest[m]));
+    for (int m = 0; m < M; ++m)
+      for (int p = 0; p < V; ++p) store(out + m * dim + d + p * W, sum[m][p]);
   }
+  return d;
+}
+
+template <int F, int M>
+SIXFOLD_INLINE void values_tile(const float* weights, const uint8_t* const* values, int count,
+                                int dim, const float* keep, float* out) {
+  int d = values_part<F, M, (M <= 3 ? 4 : 2)>(weights, values, count, dim, keep, out, 0);
+  d = values_part<F, M, 1>(weights, values, count, dim, keep, out, d);
+  for (; d < dim; ++d)
+    for (int m = 0; m < M; ++m) {
+      float sum = out[m * dim + d] * keep[m];
+      for (int j = 0; j < count; ++j) sum += weights[m * kKeys + j] * kv_at<F>(values[j], d);
+      out[m * dim + d] = sum;
+    }
 }
 
 // Raw products to softmax weights in place; updates the row's running maximum and sum.
@@ -101,13 +153,16 @@ static float weigh(float* logits, int first, int last, const AttentionSpec& s, f
   ni lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
   const nf lowest = splat(-__builtin_inff());
+  const bool whole = first == 0 && last == kKeys;
   nf top = lowest;
   for (int j = 0; j < kKeys; j += W) {
     nf x = load(logits + j) * s.scale;
     if (s.soft_cap > 0)
       for (int i = 0; i < W; ++i) x[i] = s.soft_cap * __builtin_tanhf(x[i] / s.soft_cap);
-    const ni position = lane + j;
-    x = choose((position >= first) & (position < last), x, lowest);
+    if (!whole) {
+      const ni position = lane + j;
+      x = choose((position >= first) & (position < last), x, lowest);
+    }
     store(logits + j, x);
     top = max_of(top, x);
   }
@@ -125,85 +180,138 @@ static float weigh(float* logits, int first, int last, const AttentionSpec& s, f
   return keep;
 }
 
+// Where a task's intermediate results lie in its thread's scratch, for `rows` query heads.
+struct AttentionScratch {
+  float *turned, *wide, *logits, *out, *best, *total, *keep;
+  const float** q;
+
+  AttentionScratch(float* from, int rows, int dim) {
+    turned = from;                          // (dim, kKeys)
+    wide = turned + dim * kKeys;            // (kKeys, dim)
+    logits = wide + dim * kKeys;            // (rows, kKeys)
+    out = logits + (rows + 8) * kKeys;      // (rows, dim)
+    best = out + (rows + 8) * dim;
+    total = best + rows + 8;
+    keep = total + rows + 8;
+    q = reinterpret_cast<const float**>(
+        (reinterpret_cast<uintptr_t>(keep + rows + 8) + 63) & ~uintptr_t{63});
+  }
+};
+
+// One block of keys against `rows` query heads, in pieces that share what is loaded.
+template <int F>
+static void attend_block(const AttentionSpec& s, const AttentionScratch& at, int rows,
+                         const uint8_t* const* keys, const uint8_t** values, int count,
+                         int64_t value_bytes) {
+  int i = 0;
+  for (int j = 0; j < count; ++j) values[j] = keys[j] + value_bytes;
+  if (rows < kFewRows) {
+    for (; i + 4 <= rows; i += 4)
+      logits_direct<F, 4>(at.q + i, keys, count, s.dim, at.logits + i * kKeys);
+    for (; i + 3 <= rows; i += 3)
+      logits_direct<F, 3>(at.q + i, keys, count, s.dim, at.logits + i * kKeys);
+    for (; i < rows; ++i)
+      logits_direct<F, 1>(at.q + i, keys, count, s.dim, at.logits + i * kKeys);
+    return;
+  }
+  turn_keys<F>(keys, count, s.dim, at.turned);
+  for (; i + kTile <= rows; i += kTile)
+    logits_turned<kTile>(at.q + i, at.turned, s.dim, at.logits + i * kKeys);
+  for (; i + 2 <= rows; i += 2)
+    logits_turned<2>(at.q + i, at.turned, s.dim, at.logits + i * kKeys);
+  for (; i < rows; ++i) logits_turned<1>(at.q + i, at.turned, s.dim, at.logits + i * kKeys);
+  if constexpr (F != kF32) {
+    widen_values<F>(values, count, s.dim, at.wide);
+    for (int j = 0; j < count; ++j)
+      values[j] = reinterpret_cast<const uint8_t*>(at.wide + j * s.dim);
+  }
+}
+
+template <int F>
+SIXFOLD_INLINE void gather_values(const AttentionSpec& s, const AttentionScratch& at, int rows,
+                                  const uint8_t* const* values, int count) {
+  int i = 0;
+  if (rows >= kFewRows) {
+    for (; i + kTile <= rows; i += kTile)
+      values_tile<kF32, kTile>(at.logits + i * kKeys, values, count, s.dim, at.keep + i,
+                               at.out + i * s.dim);
+    for (; i < rows; ++i)
+      values_tile<kF32, 1>(at.logits + i * kKeys, values, count, s.dim, at.keep + i,
+                           at.out + i * s.dim);
+    return;
+  }
+  if constexpr (F == kQ8)
+    for (int j = 0; j < count; ++j) {
+      const float scale = kv_scale<F>(values[j], s.dim);
+      for (int r = 0; r < rows; ++r) at.logits[r * kKeys + j] *= scale;
+    }
+  for (; i + 4 <= rows; i += 4)
+    values_tile<F, 4>(at.logits + i * kKeys, values, count, s.dim, at.keep + i, at.out + i * s.dim);
+  for (; i + 3 <= rows; i += 3)
+    values_tile<F, 3>(at.logits + i * kKeys, values, count, s.dim, at.keep + i, at.out + i * s.dim);
+  for (; i < rows; ++i)
+    values_tile<F, 1>(at.logits + i * kKeys, values, count, s.dim, at.keep + i, at.out + i * s.dim);
+}
+
+template <int F>
 static void attend_piece(const Instruction& c, const AttentionSpec& s, const AttentionPlan& plan,
                          const Piece& piece, int split, int kv_head, float* scratch) {
   const int group = s.heads / s.kv_heads, dim = s.dim;
-  const int64_t token_floats = 2LL * s.kv_heads * dim;
-  const float* pool = pointer<const float>(c.a[2]);
-  const int32_t* table = plan.table + static_cast<int64_t>(piece.row) * plan.table_width;
+  const int64_t part = static_cast<int64_t>(plan.page_size) * s.row_bytes;
+  const KeyRows pages = {pointer<const uint8_t>(c.a[2]) + 2 * kv_head * part,
+                         plan.table + static_cast<int64_t>(piece.row) * plan.table_width,
+                         page_bytes(s, plan.page_size), part, plan.page_size, s.row_bytes};
   const int first_token = plan.query_start[piece.row];
   const int context = plan.context[piece.row];
   const int per = kQueryRows / group < 1 ? 1 : kQueryRows / group;
-  float* turned = scratch;                       // (dim, kKeys)
-  float* logits = turned + dim * kKeys;          // (rows, kKeys)
   for (int query = piece.query_first; query < piece.query_last; query += per) {
     const int queries = piece.query_last - query < per ? piece.query_last - query : per;
     const int rows = queries * group;
-    float* out = logits + (rows + 8) * kKeys;    // (rows, dim)
-    float* best = out + (rows + 8) * dim;
-    float* total = best + rows + 8;
-    float* keep = total + rows + 8;
-    const float** q = reinterpret_cast<const float**>(
-        (reinterpret_cast<uintptr_t>(keep + rows + 8) + 63) & ~uintptr_t{63});
+    const AttentionScratch at(scratch, rows, dim);
     for (int i = 0; i < rows; ++i) {
-      q[i] = pointer<const float>(c.a[0]) + (first_token + query + i / group) * c.a[1] +
-             (kv_head * group + i % group) * dim;
-      best[i] = -__builtin_inff(), total[i] = 0;
+      at.q[i] = pointer<const float>(c.a[0]) + (first_token + query + i / group) * c.a[1] +
+                (kv_head * group + i % group) * dim;
+      at.best[i] = -__builtin_inff(), at.total[i] = 0;
     }
-    for (int i = 0; i < rows * dim; ++i) out[i] = 0;
+    for (int i = 0; i < rows * dim; ++i) at.out[i] = 0;
     const int highest = context + query + queries;  // one past the last key that anyone sees
     const int stop = piece.key_last < highest ? piece.key_last : highest;
     int start = piece.key_first;
     if (s.window && context + query - s.window + 1 > start) start = context + query - s.window + 1;
+    const uint8_t *now[kKeys], *next[kKeys], *values[kKeys];
+    int count = stop - start < kKeys ? stop - start : kKeys;
+    pages.find(start, count, now);
     for (int key = start; key < stop; key += kKeys) {
-      const int count = stop - key < kKeys ? stop - key : kKeys;
-      const float *keys[kKeys], *values[kKeys];
-      for (int j = 0; j < count; ++j) {
-        const int position = key + j;
-        const int64_t slot = static_cast<int64_t>(table[position / plan.page_size]) *
-                                 plan.page_size + position % plan.page_size;
-        keys[j] = pool + slot * token_floats + kv_head * dim;
-        values[j] = keys[j] + s.kv_heads * dim;
-      }
-      if (rows < kFewRows) {
-        int i = 0;
-        for (; i + 3 <= rows; i += 3) logits_direct<3>(q + i, keys, count, dim, logits + i * kKeys);
-        for (; i < rows; ++i) logits_direct<1>(q + i, keys, count, dim, logits + i * kKeys);
-      } else {
-        for (int j = 0; j < count; ++j)
-          for (int d = 0; d < dim; ++d) turned[d * kKeys + j] = keys[j][d];
-        int i = 0;
-        for (; i + 4 <= rows; i += 4) logits_tile<4>(q + i, turned, dim, logits + i * kKeys);
-        for (; i < rows; ++i) logits_tile<1>(q + i, turned, dim, logits + i * kKeys);
-      }
+      const int after = key + count;
+      const int following = stop - after < kKeys ? stop - after : kKeys;
+      pages.find(after, following, next);
+      for (int j = 0; j < following; ++j)
+        fetch(next[j], s.row_bytes), fetch(next[j] + part, s.row_bytes);
+      attend_block<F>(s, at, rows, now, values, count, part);
       for (int i = 0; i < rows; ++i) {
         const int position = context + query + i / group;
         int last = position + 1 - key;
         last = last < count ? last : count;
         int first = s.window ? position - s.window + 1 - key : 0;
         first = first > 0 ? first : 0;
-        keep[i] = weigh(logits + i * kKeys, first, last, s, best + i, total + i);
+        at.keep[i] = weigh(at.logits + i * kKeys, first, last, s, at.best + i, at.total + i);
       }
-      int i = 0;
-      for (; i + 4 <= rows; i += 4)
-        values_tile<4>(logits + i * kKeys, values, count, dim, keep + i, out + i * dim);
-      for (; i + 3 <= rows; i += 3)
-        values_tile<3>(logits + i * kKeys, values, count, dim, keep + i, out + i * dim);
-      for (; i < rows; ++i)
-        values_tile<1>(logits + i * kKeys, values, count, dim, keep + i, out + i * dim);
+      gather_values<F>(s, at, rows, values, count);
+      __builtin_memcpy(now, next, sizeof now);
+      count = following;
     }
     for (int i = 0; i < rows; ++i) {
       const int head = kv_head * group + i % group;
       if (split >= 0) {  // one query, part of its keys
         float* partial = plan.partials + (static_cast<int64_t>(split) * s.heads + head) * (dim + 2);
-        for (int d = 0; d < dim; ++d) partial[d] = out[i * dim + d];
-        partial[dim] = best[i], partial[dim + 1] = total[i];
+        for (int d = 0; d < dim; ++d) partial[d] = at.out[i * dim + d];
+        partial[dim] = at.best[i], partial[dim + 1] = at.total[i];
         continue;
       }
       const int64_t token = first_token + query + i / group;
       float* to = pointer<float>(c.a[3]) + (token * s.heads + head) * dim;
-      const float inverse = 1.0f / total[i];
-      for (int d = 0; d < dim; ++d) to[d] = out[i * dim + d] * inverse;
+      const float inverse = 1.0f / at.total[i];
+      for (int d = 0; d < dim; ++d) to[d] = at.out[i * dim + d] * inverse;
     }
   }
 }
@@ -215,10 +323,16 @@ static int attention_tasks(const Instruction& c, const Step&) {
 static void attention_run(const Instruction& c, int task, float* scratch) {
   const AttentionPlan& plan = *pointer<const AttentionPlan>(c.a[5]);
   const AttentionSpec& s = *pointer<const AttentionSpec>(c.a[4]);
-  const int piece = task / s.kv_heads;
+  const int number = task / s.kv_heads, head = task % s.kv_heads;
+  const Piece& piece = reinterpret_cast<const Piece*>(plan.work)[number];
   // Split pieces come first in the work list, so that a piece's number is its partial's.
-  attend_piece(c, s, plan, reinterpret_cast<const Piece*>(plan.work)[piece],
-               piece < plan.splits ? piece : -1, task % s.kv_heads, scratch);
+  const int split = number < plan.splits ? number : -1;
+  switch (s.format) {
+    case kF32: return attend_piece<kF32>(c, s, plan, piece, split, head, scratch);
+    case kBF16: return attend_piece<kBF16>(c, s, plan, piece, split, head, scratch);
+    case kF16: return attend_piece<kF16>(c, s, plan, piece, split, head, scratch);
+    default: return attend_piece<kQ8>(c, s, plan, piece, split, head, scratch);
+  }
 }
 
 static int merge_tasks(const Instruction& c, const Step&) {

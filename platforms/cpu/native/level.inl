@@ -5,6 +5,7 @@ namespace LEVEL {
 #include "simd.h"
 #include "linear.inl"
 #include "pointwise.inl"
+#include "kv_pages.inl"
 #include "attention.inl"
 
 static int tasks(const Instruction& c, const Step& step) {
@@ -19,18 +20,32 @@ static int tasks(const Instruction& c, const Step& step) {
   }
 }
 
+static void run_row(const Instruction& c, int64_t t) {
+  switch (c.op) {
+    case kEmbed: return embed_row(c, t);
+    case kRmsNorm: return norm_row(c, t);
+    case kAngles: return angles_row(c, t);
+    case kRope: return rope_row(c, t);
+    case kGate: return gate_row(c, t);
+    case kQuantise: return quantise_one(c, t);
+    case kKvWrite: return write_row(c, t);
+  }
+}
+
+// A chain goes through a row while the row is near.
+static void run_rows(const Instruction* c, const Step& step, int task) {
+  const int64_t rows = c->rows < 0 ? step.tokens : c->rows;
+  const int64_t first = static_cast<int64_t>(task) * kRowsPerTask;
+  for (int64_t t = first; t < rows && t < first + kRowsPerTask; ++t)
+    for (int i = 0; i <= c->chain; ++i) run_row(c[i], t);
+}
+
 static void run(const Instruction& c, const Step& step, int task, int, float* scratch) {
   switch (c.op) {
-    case kEmbed: return by_rows<embed_row>(c, step, task);
-    case kRmsNorm: return by_rows<norm_row>(c, step, task);
-    case kAngles: return by_rows<angles_row>(c, step, task);
-    case kRope: return by_rows<rope_row>(c, step, task);
-    case kGate: return by_rows<gate_row>(c, step, task);
-    case kQuantise: return by_rows<quantise_one>(c, step, task);
-    case kKvWrite: return by_rows<write_row>(c, step, task);
     case kLinear: return linear_run(c, step, task);
     case kAttention: return attention_run(c, task, scratch);
     case kMerge: return merge_run(c, task);
+    default: return run_rows(&c, step, task);
   }
 }
 

@@ -101,7 +101,7 @@ static void quantised_tile(const Weight& w, int panel, const int8_t* x, float* o
   }
 }
 
-constexpr int kTileRows = W == 16 ? 8 : 4;
+constexpr int kTileRows = W == 16 ? 8 : W == 8 ? 6 : 4;
 constexpr int kFloatRows = W == 16 ? 12 : (W == 8 ? 6 : 4);
 
 template <int F, int M>
@@ -123,13 +123,17 @@ static void linear_block(const Weight& w, const Instruction& c, int panel_first,
   constexpr int kRows = F >= kQ8 ? kTileRows : kFloatRows;
   for (int64_t row = row_first; row < row_last;) {
     const int64_t left = row_last - row;
+    // A tile of one or two rows is slow: 7 and 8 rows are cut 4 + 3 and 4 + 4, not 6 + 1 and 6 + 2.
+    const bool uneven = kRows == 6 && (left == 7 || left == 8);
+    const int64_t size = left >= kRows && !uneven ? kRows : left >= 4 ? 4 : left;
     for (int panel = panel_first; panel < panel_last; ++panel) {
-      if (left >= kRows) tile<F, kRows>(w, panel, c, row);
-      else if (left >= 4) tile<F, 4>(w, panel, c, row);
-      else if (left >= 2) tile<F, 2>(w, panel, c, row);
+      if (size > 4) tile<F, kRows>(w, panel, c, row);
+      else if (size == 4) tile<F, 4>(w, panel, c, row);
+      else if (size == 3) tile<F, 3>(w, panel, c, row);
+      else if (size == 2) tile<F, 2>(w, panel, c, row);
       else tile<F, 1>(w, panel, c, row);
     }
-    row += left >= kRows ? kRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    row += size;
   }
 }
 
@@ -177,15 +181,6 @@ static void linear_run(const Instruction& c, const Step& step, int task) {
   }
 }
 
-typedef int8_t bytes_w __attribute__((vector_size(W)));
-typedef int16_t shorts_w __attribute__((vector_size(2 * W)));
-
-SIXFOLD_INLINE int32_t sum_of_ints(ni v) {
-  int32_t total = 0;
-  for (int i = 0; i < W; ++i) total += v[i];
-  return total;
-}
-
 // Rounds to nearest, ties to even. Infinities and NaN in the row give a row of no meaning.
 static void quantise_row(const float* x, int64_t width, int8_t* out) {
   const int64_t groups = groups_of(width);
@@ -207,12 +202,9 @@ static void quantise_row(const float* x, int64_t width, int8_t* out) {
     }
     const float most = max_lane(largest);
     const float inverse = most > 0 ? 127.0f / most : 0.0f;
-    const nf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     ni sum[2] = {};
     for (int i = 0; i < kGroup; i += W) {
-      nf scaled = load(from + i) * inverse;
-      asm("" : "+m"(scaled));  // the product is rounded by itself, not fused into the sum
-      const ni q = __builtin_convertvector((scaled + magic) - magic, ni);
+      const ni q = to_steps(load(from + i), inverse);
       const bytes_w narrow = __builtin_convertvector(q, bytes_w);
       __builtin_memcpy(out + at + i, &narrow, W);
       if constexpr (kWide) {

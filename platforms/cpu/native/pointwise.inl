@@ -145,18 +145,3 @@ static void quantise_one(const Instruction& c, int64_t t) {
   quantise_row(pointer<const float>(c.a[0]) + t * c.a[1], c.a[3],
                pointer<int8_t>(c.a[2]) + t * quantised_row_bytes(c.a[3]));
 }
-
-static void write_row(const Instruction& c, int64_t t) {
-  const AttentionPlan& plan = *pointer<const AttentionPlan>(c.a[6]);
-  const int64_t bytes = c.a[5] * sizeof(float);
-  float* slot = pointer<float>(c.a[4]) + plan.slots[t] * 2 * c.a[5];
-  __builtin_memcpy(slot, pointer<const float>(c.a[0]) + t * c.a[1], bytes);
-  __builtin_memcpy(slot + c.a[5], pointer<const float>(c.a[2]) + t * c.a[3], bytes);
-}
-
-template <void (*F)(const Instruction&, int64_t)>
-SIXFOLD_INLINE void by_rows(const Instruction& c, const Step& step, int task) {
-  const int64_t rows = c.rows < 0 ? step.tokens : c.rows;
-  const int64_t first = static_cast<int64_t>(task) * kRowsPerTask;
-  for (int64_t t = first; t < rows && t < first + kRowsPerTask; ++t) F(c, t);
-}

@@ -14,18 +14,21 @@ enum Op : int32_t {
   kGate = 4,       // a: gate, gate stride, up, up stride, out, width, kind (0 silu, 1 gelu tanh)
   kLinear = 5,     // a: x, x stride, weight, out, out stride, quantised x or 0
   kQuantise = 6,   // a: x, x stride, quantised x, width
-  kKvWrite = 7,    // a: k, k stride, v, v stride, pool layer, heads * dim, plan
+  kKvWrite = 7,    // a: k, k stride, v, v stride, pool layer, spec*, plan
   kAttention = 8,  // a: q, q stride, pool layer, out, spec*, plan
   kMerge = 9,      // a: out, spec*, plan
 };
 
 struct Instruction {
   int32_t op;
-  int32_t rows;  // rows of work; -1 = the step's tokens
+  int32_t rows;   // rows of work; -1 = the step's tokens
+  int32_t chain;  // of the instructions that follow, so many do the same rows at once with this one
+  int32_t ahead;  // not 0: the next instruction does not wait for this one
   int64_t a[12];
   float f[4];
 };
 
+// Of weights; keys and values have the first four, kQ8 with one float scale at the end of a row.
 enum Format : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kQ8 = 3, kQ4 = 4, kQ8Half = 5 };
 
 // A matrix (n, k) in panels of 16 rows; see packed layouts in docs/contracts/cpu-native.md.
@@ -41,9 +44,11 @@ struct RopeShape {
   int32_t heads, kv_heads, dim, half;
 };
 
+// A layer's pages are (page, kv head, key or value, token, row of `row_bytes`).
 struct AttentionSpec {
   int32_t heads, kv_heads, dim, window;
   float scale, soft_cap;
+  int32_t format, row_bytes;
 };
 
 // One cache group in one step.

@@ -28,10 +28,25 @@ SIXFOLD_INLINE nf choose(ni mask, nf a, nf b) {
 }
 SIXFOLD_INLINE nf max_of(nf a, nf b) { return choose(a > b, a, b); }
 
+// All lanes of the result hold the lanes of v joined by `join`, in log2(W) rounds.
+template <int kStep = W / 2, typename V, typename Join>
+SIXFOLD_INLINE V fold(V v, Join join) {
+  if constexpr (kStep == 0) return v;
+  else {
+    typedef int32_t Lanes __attribute__((vector_size(4 * W)));
+    Lanes other;
+    for (int i = 0; i < W; ++i) other[i] = i ^ kStep;
+    return fold<kStep / 2>(join(v, __builtin_shuffle(v, other)), join);
+  }
+}
 SIXFOLD_INLINE float sum_of(nf v) {
-  float total = 0;
-  for (int i = 0; i < W; ++i) total += v[i];
-  return total;
+  return fold(v, [](nf a, nf b) { return a + b; })[0];
+}
+SIXFOLD_INLINE int32_t sum_of_ints(ni v) {
+  return fold(v, [](ni a, ni b) { return a + b; })[0];
+}
+SIXFOLD_INLINE float max_lane(nf v) {
+  return fold(v, [](nf a, nf b) { return max_of(a, b); })[0];
 }
 
 // Lane i of the result is the sum of v[i]'s lanes: W vectors added pairwise, in log2(W) rounds.
@@ -53,12 +68,6 @@ SIXFOLD_INLINE nf sums_of(nf* v) {
     return sums_of<2 * kStep>(v);
   }
 }
-SIXFOLD_INLINE float max_lane(nf v) {
-  float best = v[0];
-  for (int i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
-  return best;
-}
-
 // W numbers of a 16-bit format as float.
 SIXFOLD_INLINE nf load_bf16(const uint16_t* p) {
   const vh raw = *reinterpret_cast<const vh*>(p);
@@ -77,6 +86,80 @@ SIXFOLD_INLINE nf load_f16(const uint16_t* p) {
   const nf magnitude = (nf)((raw & 0x7fff) << 13) * splat(0x1p112f);
   return (nf)((vu)(ni)magnitude | ((raw & 0x8000) << 16));
 #endif
+}
+
+
+typedef int8_t bytes_w __attribute__((vector_size(W)));
+typedef int16_t shorts_w __attribute__((vector_size(2 * W)));
+typedef uint16_t halves_w __attribute__((vector_size(2 * W)));
+
+// Numbers rounded to a 16-bit format, ties to even; what fp16 cannot hold becomes its largest.
+SIXFOLD_INLINE void store_bf16(uint16_t* p, nf v) {
+  const vu bits = (vu)v;
+  const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const halves_w out = __builtin_convertvector((ni)choose(v == v, (nf)rounded, (nf)(ni{} + 0x7fc0)),
+                                               halves_w);
+  __builtin_memcpy(p, &out, 2 * W);
+}
+SIXFOLD_INLINE void store_f16(uint16_t* p, nf v) {
+  const nf most = splat(65504.0f);
+  v = choose(v > most, most, choose(v < -most, -most, v));
+#if defined(__AVX512F__)
+  const __m256i out = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(p, &out, 2 * W);
+#elif defined(__F16C__)
+  const __m128i out = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(p, &out, 2 * W);
+#elif defined(__aarch64__)
+  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+#else
+  const vu bits = (vu)v, magnitude = bits & 0x7fffffff;
+  const vu normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  // Adding 0.5 lets the addition round a number below 2^-14 to the subnormals' step.
+  const vu small = (vu)((nf)magnitude + splat(0.5f)) - (126u << 23);
+  const ni tiny = (nf)magnitude < splat(0x1p-14f);
+  vu out = (vu)choose(tiny, (nf)small, (nf)normal);
+  out = (vu)choose(v == v, (nf)out, (nf)(ni{} + 0x7e00));
+  const halves_w narrow = __builtin_convertvector(out | ((bits >> 16) & 0x8000), halves_w);
+  __builtin_memcpy(p, &narrow, 2 * W);
+#endif
+}
+
+// Keeps a value in its register: left alone, GCC regroups unrolled integer sums and spills most,
+// and fuses a product into the sum that was to round it.
+#if defined(SIXFOLD_KEEP)  // by a test's emulation
+#elif defined(__aarch64__)
+#define SIXFOLD_KEEP(value) asm("" : "+w"(value))
+#else
+#define SIXFOLD_KEEP(value) asm("" : "+x"(value))
+#endif
+
+// W vectors turned: lane j of vector i becomes lane i of vector j, in log2(W) rounds.
+template <int kStep = 1>
+SIXFOLD_INLINE void transpose(nf* v) {
+  if constexpr (kStep < W) {
+    typedef int32_t Lanes __attribute__((vector_size(4 * W)));
+    Lanes low, high;
+    for (int i = 0; i < W; ++i) {
+      low[i] = i & kStep ? W + i - kStep : i;
+      high[i] = i & kStep ? W + i : i + kStep;
+    }
+    for (int i = 0; i < W; ++i) {
+      if (i & kStep) continue;
+      const nf a = v[i], b = v[i + kStep];
+      v[i] = __builtin_shuffle(a, b, low), v[i + kStep] = __builtin_shuffle(a, b, high);
+    }
+    transpose<2 * kStep>(v);
+  }
+}
+
+// Bytes of a row rounded so that the largest magnitude is 127 times `inverse`'s reciprocal; ties go
+// to even.
+SIXFOLD_INLINE ni to_steps(nf x, float inverse) {
+  const nf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  nf scaled = x * inverse;
+  SIXFOLD_KEEP(scaled);
+  return __builtin_convertvector((scaled + magic) - magic, ni);
 }
 
 // exp by 2^n times a polynomial (Cephes' expf); saturates instead of overflowing.
@@ -109,9 +192,6 @@ SIXFOLD_INLINE int32_t four_bytes(const int8_t* p) {
   __builtin_memcpy(&four, p, 4);
   return four;
 }
-
-// Keeps a sum in its register: left alone, GCC regroups unrolled integer sums and spills most.
-#define SIXFOLD_KEEP(sum) asm("" : "+x"(sum))
 
 constexpr int kStride = 64;  // bytes from one step of four (or eight) k to the next: 16 outputs
 

@@ -45,8 +45,10 @@ void Team::run(const Instruction* instructions, int count, const Step& step) {
   const uint32_t version = version_.load() + 1;
   const uint64_t run = version;
   Slot* slots = slots_;
-  for (int i = 0; i < count; ++i) {
-    slots[i].tasks.store(kernels_->tasks(instructions[i], step), std::memory_order_relaxed);
+  for (int i = 0, chained = 0; i < count; ++i, --chained) {
+    const int tasks = chained > 0 ? 0 : kernels_->tasks(instructions[i], step);
+    if (chained <= 0) chained = instructions[i].chain + 1;
+    slots[i].tasks.store(tasks, std::memory_order_relaxed);
     slots[i].next.store(run << 32, std::memory_order_relaxed);
     slots[i].done.store(run << 32, std::memory_order_relaxed);
   }
@@ -58,10 +60,22 @@ void Team::run(const Instruction* instructions, int count, const Step& step) {
   walk(run, instructions, count, step, scratch_[0].get());
 }
 
+// Waits for all tasks of a slot; false when the run is over without this thread.
+bool Team::finished(uint64_t run, const Slot& slot) {
+  const int tasks = slot.tasks.load(std::memory_order_relaxed);
+  for (int spins = 0;; ++spins) {
+    const uint64_t done = slot.done.load(std::memory_order_acquire);
+    if (done >> 32 != run) return false;
+    if (static_cast<int>(done & kLow) >= tasks) return true;
+    if (spins < kSpins) pause_briefly();
+    else std::this_thread::yield();
+  }
+}
+
 void Team::walk(uint64_t run, const Instruction* instructions, int count, const Step& step,
                 float* scratch) {
   Slot* slots = slots_;
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0, waited = 0; i < count; ++i) {
     Slot& slot = slots[i];
     const int tasks = slot.tasks.load(std::memory_order_relaxed);
     for (uint64_t seen = slot.next.load(std::memory_order_acquire);;) {
@@ -73,13 +87,9 @@ void Team::walk(uint64_t run, const Instruction* instructions, int count, const 
       slot.done.fetch_add(1, std::memory_order_acq_rel);
       seen = slot.next.load(std::memory_order_acquire);
     }
-    for (int spins = 0;; ++spins) {
-      const uint64_t done = slot.done.load(std::memory_order_acquire);
-      if (done >> 32 != run) return;
-      if (static_cast<int>(done & kLow) >= tasks) break;
-      if (spins < kSpins) pause_briefly();
-      else std::this_thread::yield();
-    }
+    if (instructions[i].ahead) continue;
+    for (; waited <= i; ++waited)
+      if (!finished(run, slots[waited])) return;
   }
 }
 

@@ -25,6 +25,7 @@ class Team {
   };
 
   void worker(int index);
+  static bool finished(uint64_t run, const Slot& slot);
   void walk(uint64_t run, const Instruction* instructions, int count, const Step& step,
             float* scratch);
   void reserve(int count);
