@@ -44,7 +44,7 @@ class Problem:
     op: str
     dtype: str
     dims: Mapping[str, int] = field(default_factory=dict)
-    weights: str = ""  # "int8" or "int4" when weights are quantised, else as `dtype`
+    weights: str = ""  # the scheme (docs/weights.md) when weights are not kept as `dtype`
 
 
 @dataclass(frozen=True, slots=True)

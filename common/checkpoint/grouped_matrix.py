@@ -37,7 +37,7 @@ class GroupedMatrix:
         q, group, order = self.q, self.group, None
         if (np.diff(group) < 0).any():
             order = np.argsort(group, kind="stable").astype(np.int64)
-            q, group = q[:, order], group[order]
+            q, group = np.take(q, order, axis=1), group[order]
         first = group[::GROUP]
         if (group != np.repeat(first, GROUP)[: len(group)]).any():
             raise ValueError(f"has groups of columns that are no multiple of {GROUP}")

@@ -54,6 +54,9 @@ class PackedScheme(Protocol):
         ...
 
 
+_AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight outputs each nibble of a word belongs to, lowest nibble first."""
+
 PACKED = frozenset(
     "gptq_int4 gptq_int8 awq_int4 int8_channel int8_group packed_int4 packed_int8".split()
 )
@@ -105,7 +108,7 @@ class GPTQ:
 @dataclass(frozen=True, slots=True)
 class AWQ:
     """Four bits, words along the outputs: qweight (inputs, outputs / 8), qzeros (groups, outputs /
-    8), scales (groups, outputs). A word's nibbles hold outputs 0 2 4 6 1 3 5 7."""
+    8), scales (groups, outputs)."""
 
     group_size: int
 
@@ -132,8 +135,8 @@ class AWQ:
     def matrix(self, arrays: Arrays, outputs: int, inputs: int) -> GroupedMatrix:
         return GroupedMatrix(
             4,
-            _in_order(_unpack(arrays["qweight"], 4)),
-            _in_order(_unpack(arrays["qzeros"], 4)).astype(np.int16),
+            _awq_numbers(arrays["qweight"]),
+            _awq_numbers(arrays["qzeros"]).astype(np.int16),
             np.ascontiguousarray(arrays["scales"].T),
             _group_of(None, inputs, self.group_size),
         )
@@ -233,8 +236,11 @@ def _unpack(words: NDArray[Any], bits: int) -> U8:
     return out
 
 
-def _in_order(nibbles: U8) -> U8:
-    """AWQ's nibbles (rows, outputs) -> (outputs, rows)."""
-    rows, outputs = nibbles.shape
-    words = nibbles.reshape(rows, outputs // 8, 8)[..., [0, 4, 1, 5, 2, 6, 3, 7]]
-    return np.ascontiguousarray(words.reshape(rows, outputs).T)
+def _awq_numbers(words: NDArray[Any]) -> U8:
+    """(rows, outputs / 8) words -> (outputs, rows) numbers."""
+    turned = np.ascontiguousarray(words.T).view(np.uint32)
+    numbers = np.empty((len(turned), 8, turned.shape[1]), np.uint8)
+    for nibble, output in enumerate(_AWQ_OUTPUTS):
+        stored = (turned >> np.uint32(4 * nibble)) & np.uint32(15)
+        numbers[:, output] = stored
+    return numbers.reshape(-1, turned.shape[1])

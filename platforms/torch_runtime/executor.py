@@ -11,7 +11,7 @@ from ...common.decisions import DecisionLog
 from ...common.errors import KernelError, OutOfMemory
 from ...common.ops.registry import KernelRegistry
 from ...models.base import Model
-from ...models.quantization import has_quantised
+from ...models.quantization import FLOATS, has_quantised
 from ...models.quantization import weight_bytes as bytes_of_weights
 from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Status, Support
 from ..interface_attention import AttentionBackend, AttentionSpec
@@ -167,7 +167,9 @@ class TorchExecutor:
             registry.resolve(problems, self._device.facts, self._spec.kernels)
         except KernelError as error:
             because = f"no kernel for {schemes}: matrices are converted when they are loaded"
-            log.add("weights", dtype, because, [(schemes, str(error))])
+            # Widening a float costs memory; a quantised form lost is more than that.
+            fallback = any(p.weights and p.weights not in FLOATS for p in problems)
+            log.add("weights", dtype, because, [(schemes, str(error))], fallback)
             return ""
         because = f"kept as the checkpoint stores them, computed in {dtype}"
         log.add("weights", schemes, because)

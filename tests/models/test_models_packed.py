@@ -178,6 +178,7 @@ def test_how_matrices_are_kept_is_decided(
     decisions = {d.what: d for d in loaded.decisions}
     assert decisions["weights"].chosen == chosen
     assert because in decisions["weights"].because
+    assert decisions["weights"].fallback == ("kernels" in fields)
     if "kernels" not in fields:
         assert decisions["step"].chosen == "recorded"
     ends = 2 * 256 * 64

@@ -96,8 +96,11 @@ def test_how_they_are_kept_is_decided(
     decision = {d.what: d for d in loaded.decisions}["weights"]
     assert decision.chosen == chosen
     assert because in decision.because
+    assert not decision.fallback
     numbers = sum(p.numel() for p in oracle.parameters())
     assert loaded.weight_bytes == pytest.approx(numbers * bits / 8, rel=0.05)
+    kept = {d.what: d for d in loaded.decisions}["keys and values"].chosen
+    assert (kept == "float16") == (chosen == "int8"), "exact weights do not lower the cache's dtype"
     assert loaded.dtype == fields.get("dtype", "float32")
 
 

@@ -158,7 +158,9 @@ def compressed(packed: bool, bits: int, group_size: int, **options: Any) -> Form
         "strategy": "channel" if group_size == -1 else "group",
         "group_size": None if group_size == -1 else group_size,
     }
-    inputs = None if packed else {"num_bits": 8, "type": "int", "dynamic": True}
+    inputs = (
+        None if packed else {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
+    )
     config = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized" if packed else "int-quantized",
@@ -167,6 +169,7 @@ def compressed(packed: bool, bits: int, group_size: int, **options: Any) -> Form
         },
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
+        "quantization_status": "compressed",
     }
     return Form(config, write, bits, group_size, **options)
 

@@ -19,6 +19,7 @@ from sixfold.common.checkpoint.quantization_config import packed_scheme
 from sixfold.common.checkpoint.safetensors_index import read_tables
 from sixfold.common.errors import CheckpointError
 from sixfold.models.quantization import BITS
+from sixfold.platforms.cpu.kernels import WEIGHTS
 from sixfold.platforms.cpu.packing import pack_stored, unpack
 
 GROUPS = (32, 64, 128, -1)
@@ -224,3 +225,9 @@ def test_every_scheme_is_tested_and_counted(tmp_path: Path) -> None:
     }
     assert names == PACKED
     assert set(BITS) >= PACKED
+
+
+def test_every_scheme_is_documented_and_served() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "weights.md").read_text("utf-8")
+    assert {name for name in BITS if f"`{name}`" not in table} == set()
+    assert {"", *BITS} == WEIGHTS
