@@ -96,7 +96,8 @@ class MatrixCache:
                 at += size
         facts = {name: parts.facts for name, parts in self._made.items()}
         self._made = {}
-        text = json.dumps({"__metadata__": {"key": self._key, "facts": json.dumps(facts)}, **header})
+        metadata = {"key": self._key, "facts": json.dumps(facts)}
+        text = json.dumps({"__metadata__": metadata, **header})
         # Data begin at a multiple of ALIGNMENT, as do tensors whose sizes are multiples of it.
         raw = text.encode().ljust(-(-(len(text) + 8) // ALIGNMENT) * ALIGNMENT - 8)
         try:
