@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,13 @@ VERSION = 1
 """Of the packed forms: raised with any change to what a kernel's `prepare` makes."""
 
 FOLDER = ".sixfold"
+"""Beside the checkpoint; where that cannot be, `user_folder`."""
+
 ALIGNMENT = 64
+
+SPARE = 3
+"""Nothing is kept unless this many times its size is free."""
+
 _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8,
     "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64,
@@ -48,11 +55,32 @@ def fingerprint(files: list[Path], settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def user_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sixfold"
+
+
+def folder_for(checkpoint: Path) -> Path:
+    """Where the packed matrices of a checkpoint (a directory or a file) are kept: beside it, but
+    not within an installed package nor where nothing may be written."""
+    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if "site-packages" in beside.parts or not os.access(beside, os.W_OK):
+        return user_folder()
+    return beside / FOLDER
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """The files that a checkpoint's matrices come from."""
+    if not checkpoint.is_dir():
+        return [checkpoint]
+    return [*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]
+
+
 class MatrixCache:
-    """One file of packed matrices, read or to be written. `state` says which, for people."""
+    """One file of packed matrices: found, and then read; or else made and saved."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        self.path = folder / FOLDER / f"{key}.safetensors"
+        self.path = folder / f"{key}.safetensors"
         self._key = key
         self._data: mmap.mmap | None = None
         self._entries: dict[str, Any] = {}
@@ -101,7 +129,9 @@ class MatrixCache:
         # Data begin at a multiple of ALIGNMENT, as do tensors whose sizes are multiples of it.
         raw = text.encode().ljust(-(-(len(text) + 8) // ALIGNMENT) * ALIGNMENT - 8)
         try:
-            self.path.parent.mkdir(exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.path.parent).free < SPARE * at:
+                return "the disk is almost full"
             for stale in self.path.parent.glob("*.part"):
                 stale.unlink(missing_ok=True)
             with tempfile.NamedTemporaryFile(

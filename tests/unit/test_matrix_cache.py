@@ -26,7 +26,7 @@ MATRICES = {
 
 
 def filled(folder: Path) -> Path:
-    cache = MatrixCache(folder, KEY)
+    cache = MatrixCache(folder / FOLDER, KEY)
     assert not cache.found
     assert cache.get("model.a") is None
     for name, parts in MATRICES.items():
@@ -39,7 +39,7 @@ def test_what_was_put_comes_back(tmp_path: Path) -> None:
     path = filled(tmp_path)
     assert path.parent == tmp_path / FOLDER
     assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing else is left behind"
-    cache = MatrixCache(tmp_path, KEY)
+    cache = MatrixCache(tmp_path / FOLDER, KEY)
     assert cache.found
     for name, parts in MATRICES.items():
         found = cache.get(name)
@@ -62,10 +62,10 @@ def test_the_file_is_safetensors(tmp_path: Path) -> None:
 
 def test_changing_a_mapped_matrix_leaves_the_file(tmp_path: Path) -> None:
     filled(tmp_path)
-    first = MatrixCache(tmp_path, KEY).get("model.a")
+    first = MatrixCache(tmp_path / FOLDER, KEY).get("model.a")
     assert first is not None
     first.tensors["data"].zero_()
-    again = MatrixCache(tmp_path, KEY).get("model.a")
+    again = MatrixCache(tmp_path / FOLDER, KEY).get("model.a")
     assert again is not None
     assert torch.equal(again.tensors["data"], MATRICES["model.a"].tensors["data"])
 
@@ -85,9 +85,9 @@ def test_changing_a_mapped_matrix_leaves_the_file(tmp_path: Path) -> None:
 def test_a_damaged_file_is_as_if_absent(tmp_path: Path, damage) -> None:
     path = filled(tmp_path)
     path.write_bytes(damage(path.read_bytes()))
-    assert not MatrixCache(tmp_path, KEY).found
+    assert not MatrixCache(tmp_path / FOLDER, KEY).found
     assert filled(tmp_path) == path, "and is replaced"
-    assert MatrixCache(tmp_path, KEY).found
+    assert MatrixCache(tmp_path / FOLDER, KEY).found
 
 
 def test_half_a_file_of_an_earlier_start_is_removed(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_half_a_file_of_an_earlier_start_is_removed(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / FOLDER).write_text("a file is in the way")
-    cache = MatrixCache(tmp_path, KEY)
+    cache = MatrixCache(tmp_path / FOLDER, KEY)
     cache.put("a", MATRICES["model.a"])
     assert "exists" in cache.save().lower()
 
