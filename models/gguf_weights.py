@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.checkpoint.gguf_blocks import QuantisedRows
 from ..common.checkpoint.gguf_weights import GGUFWeights as Rows
+from ..common.checkpoint.quantised_rows import QuantisedRows
 
 _BLOCK_ELEMENTS = 1 << 18  # float32 blocks of 1 MiB stay in the cache
 _THREADS = 4
@@ -38,6 +38,9 @@ class GGUFWeights:
 
     def scheme(self, name: str) -> str:
         return self._rows.scheme(name)
+
+    def is_spare(self, name: str) -> bool:
+        return False
 
     def quantised(self, name: str) -> QuantisedRows:
         return self._rows.quantised_rows(name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checkpoint.gguf_blocks import QuantisedRows
+from ..common.checkpoint.quantised_rows import QuantisedRows
 from ..common.errors import KernelError
 from ..platforms.interface_kernels import KernelTable, Problem
 from .matrix_cache import Parts
@@ -62,7 +62,6 @@ class Layer(nn.Module):
     def prepare(self, stored: QuantisedRows | None = None) -> None:
         """Called when all parameters of this layer have their values. `stored` is the matrix when
         the checkpoint holds it in the layer's scheme: its parameter is then on meta."""
-
 
     def keepable(self) -> Parts | None:
         """The prepared matrix taken apart, where the kernel's form is worth keeping on disk."""

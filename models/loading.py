@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checkpoint.checkpoint import Checkpoint
-from ..common.checkpoint.gguf_blocks import SCHEMES, QuantisedRows
+from ..common.checkpoint.quantised_rows import QuantisedRows
+from ..common.checkpoint.quantization_config import packed_scheme
 from ..common.errors import CheckpointError
 from ..platforms.interface import LoadProgress
 from ..platforms.interface_kernels import KernelTable, Problem
@@ -20,7 +21,9 @@ from .gemma3 import Gemma3Model
 from .gguf_weights import GGUFWeights
 from .layers import Build, Layer, Norm
 from .llama import LlamaModel
-from .quantization import assign_schemes
+from .matrix_cache import MatrixCache, Parts, files_of, fingerprint, folder_for
+from .packed_weights import PackedWeights
+from .quantization import FLOATS, assign_schemes
 from .qwen2 import Qwen2Model
 from .qwen3 import Qwen3Model
 from .qwen3_moe import Qwen3MoeModel
@@ -57,9 +60,17 @@ class WeightSource(Protocol):
 
     def copy_into(self, name: str, target: Tensor) -> None: ...
 
-    def scheme(self, name: str) -> str: ...
+    def scheme(self, name: str) -> str:
+        """The form that a matrix is stored in; "" for float32 and for vectors."""
+        ...
 
-    def quantised(self, name: str) -> QuantisedRows: ...
+    def is_spare(self, name: str) -> bool:
+        """Whether a model that has no such tensor computes the same without it."""
+        ...
+
+    def quantised(self, name: str) -> QuantisedRows:
+        """A whole matrix in the form that it is stored in, when that is not a dtype."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,9 @@ def build_model(
         )
     with torch.device("meta"):
         model = family(checkpoint.fields, Build(ops, dtype)).eval()
-    stored = _stored_schemes(model, open_weights(checkpoint)) if quantize == "stored" else {}
+    stored = {}
+    if quantize == "stored":
+        stored = _stored_schemes(model, open_weights(checkpoint), str(dtype).removeprefix("torch."))
     assign_schemes(model, quantize, stored)
     return model
 
@@ -91,18 +104,22 @@ def build_model(
 def open_weights(checkpoint: Checkpoint) -> WeightSource:
     if checkpoint.format == "gguf":
         return GGUFWeights(checkpoint.path)
+    scheme = packed_scheme(checkpoint.config, checkpoint.config_file)
+    if scheme is not None:
+        return PackedWeights(checkpoint.path, scheme)
     return SafetensorsWeights(checkpoint.path)
 
 
-def _stored_schemes(model: Model, source: WeightSource) -> dict[str, str]:
-    """Parameter name -> scheme, for matrices that one quantised tensor fills."""
+def _stored_schemes(model: Model, source: WeightSource, dtype_name: str) -> dict[str, str]:
+    """Parameter name -> scheme, for matrices that are stored in a form of their own."""
     found = {}
     for tensor in source.names():
-        name = _canonical(tensor)
-        placement = model.placement(name) if name and source.scheme(tensor) else None
-        if placement is not None and not placement.index:
-            found[placement.parameter] = source.scheme(tensor)
-    return found
+        name, scheme = _canonical(tensor), source.scheme(tensor)
+        placement = model.placement(name) if name and scheme not in ("", dtype_name) else None
+        if placement is not None:
+            found[placement.parameter] = scheme
+    known = {name for _, _, name in _parameters(model)}
+    return {name: scheme for name, scheme in found.items() if name in known}
 
 
 def kernel_problems(checkpoint: Checkpoint, dtype_name: str, quantize: str = "") -> list[Problem]:
@@ -121,35 +138,70 @@ def load_weights(
     checkpoint: Checkpoint,
     to_device: Callable[[Tensor], Tensor],
     progress: LoadProgress | None = None,
+    cache: MatrixCache | None = None,
 ) -> None:
     """Give every parameter and buffer its value, one after the other.
 
     `to_device` gets a CPU tensor of the final dtype, which may lie on mapped pages of the file, and
-    returns the tensor to keep. Raises CheckpointError naming the file and the tensor.
+    returns the tensor to keep. Matrices come from `cache` where it has them; else it is given those
+    that are worth keeping. Raises CheckpointError naming the file and the tensor.
     """
     source = open_weights(checkpoint)
     pieces = _assign(model, source, checkpoint)
     total, done = sum(parameter.nbytes for parameter in model.parameters()), 0
     stored: dict[nn.Module, str] = {}  # layers whose matrix stays as it is -> its tensor
+    restored: dict[nn.Module, Parts] = {}
     left = {module: len(list(module.parameters(recurse=False))) for module in model.modules()}
     for owner, leaf, name in list(_parameters(model)):
         meta = getattr(owner, leaf)
         tensor = pieces[name][0].tensor
-        if leaf == "weight" and isinstance(owner, Layer) and owner.scheme in SCHEMES:
+        kept = None
+        if cache is not None and leaf == "weight" and isinstance(owner, Layer):
+            kept = cache.get(name)
+        scheme = owner.scheme if leaf == "weight" and isinstance(owner, Layer) else ""
+        if kept is not None:
+            restored[owner] = kept
+        elif scheme and scheme == source.scheme(tensor) and scheme not in FLOATS:
             stored[owner] = tensor
         else:
-            value = to_device(_value(owner, meta, pieces[name], source))
+            dtype = FLOATS.get(scheme, meta.dtype)
+            value = to_device(_value(owner, meta.to(dtype), pieces[name], source))
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
         left[owner] -= 1
         if not left[owner] and isinstance(owner, Layer):
             # As soon as a layer is whole, so that two forms of one weight exist at a time.
-            owner.prepare(source.quantised(stored[owner]) if owner in stored else None)
+            if owner in restored:
+                owner.restore(restored[owner])
+            else:
+                owner.prepare(source.quantised(stored[owner]) if owner in stored else None)
         done += meta.nbytes
         if progress:
             progress(done, total)
     for module in model.modules():
         for leaf, buffer in module.named_buffers(recurse=False):
             setattr(module, leaf, to_device(buffer))
+    if cache is not None and not cache.found:
+        for name, module in model.named_modules():
+            parts = module.keepable() if isinstance(module, Layer) else None
+            if parts is not None:
+                cache.put(f"{name}.weight", parts)
+
+
+def open_cache(model: Model, checkpoint: Checkpoint) -> MatrixCache | None:
+    """Where the packed matrices of this model are or will be kept; None when its kernels keep
+    nothing."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Layer)}
+    kernels = {op: k for layer in layers.values() for op, k in layer.ops.kernels.items()}
+    keeping = {op: k.provider for op, k in kernels.items() if k.dismantle is not None}
+    if not keeping:
+        return None
+    settings = {
+        "kernels": keeping,
+        "schemes": {name: layer.scheme for name, layer in layers.items()},
+        "dtypes": {name: layer.build.dtype_name for name, layer in layers.items()},
+    }
+    key = fingerprint(files_of(checkpoint.path), settings)
+    return MatrixCache(folder_for(checkpoint.path), key)
 
 
 def _value(owner: nn.Module, meta: Tensor, pieces: list[_Piece], source: WeightSource) -> Tensor:
@@ -178,6 +230,8 @@ def _assign(model: Model, source: WeightSource, checkpoint: Checkpoint) -> dict[
         if placement is None:
             continue
         if placement.parameter not in shapes:
+            if source.is_spare(tensor):
+                continue
             raise CheckpointError(
                 f"{source.where(tensor)} is not part of the architecture "
                 f"{checkpoint.architecture!r} as configured; the model would answer wrongly "

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import mmap
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("sixfold.models")
 
 VERSION = 1
 """Of the packed forms: raised with any change to what a kernel's `prepare` makes."""
@@ -107,6 +111,17 @@ class MatrixCache:
     def put(self, name: str, parts: Parts) -> None:
         """Remember a matrix for `save`; its tensors are not copied."""
         self._made[name] = parts
+
+    def save_aside(self) -> threading.Thread:
+        """`save` on a thread of its own. A process that ends before it leaves a file that the next
+        `save` removes; a failure costs the next start its head start and nothing else."""
+        thread = threading.Thread(target=self._save_quietly, name="matrix-cache", daemon=True)
+        thread.start()
+        return thread
+
+    def _save_quietly(self) -> None:
+        if reason := self.save():
+            log.warning("packed weights are not kept in %s: %s", self.path.parent, reason)
 
     def save(self) -> str:
         """Write what was put and drop it. Returns "" or why it could not be written."""

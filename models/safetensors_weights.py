@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.checkpoint.gguf_blocks import QuantisedRows
+from ..common.checkpoint.quantised_rows import QuantisedRows
 from ..common.checkpoint.safetensors_index import ITEM_BYTES, StoredTensor, read_tables
 from ..common.errors import CheckpointError
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SCHEMES = {"F16": "float16", "BF16": "bfloat16"}
 _BLOCK_BYTES = 4 << 20
 
 
@@ -56,8 +57,12 @@ class SafetensorsWeights:
         return flat.reshape(stored.shape)
 
     def scheme(self, name: str) -> str:
-        """ "" : nothing is stored quantised."""
-        return ""
+        """ "bfloat16" or "float16" for a matrix in it, else "": nothing is stored quantised."""
+        stored = self._tensors[name]
+        return _SCHEMES.get(stored.dtype, "") if len(stored.shape) > 1 else ""
+
+    def is_spare(self, name: str) -> bool:
+        return False
 
     def quantised(self, name: str) -> QuantisedRows:
         raise CheckpointError(f"{self.where(name)} is not quantised.")

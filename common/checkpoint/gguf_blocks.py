@@ -1,39 +1,17 @@
-"""GGUF's quantised blocks taken apart and not converted: the whole numbers, scales and minimums
-that kernels for quantised weights read.
-
-value = scale * q - minimum, or scale * (q - 8) for four bits without minimums.
-"""
+"""GGUF's quantised blocks taken apart and not converted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .gguf_types import BlockType, five_bits, half, k_scales, nibbles, six_bits
+from .quantised_rows import F32, GROUP, QuantisedRows
 
-F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
-GROUP = 32
-"""Numbers that share a scale; with twice as many scales as groups, sixteen do."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantisedRows:
-    """Rows of a matrix of `columns` columns, in groups of 32 (columns is a multiple of it)."""
-
-    bits: int  # 4: q is 0..15; 8: q is any int8
-    q: NDArray[Any]  # (rows, groups, 32) uint8 or int8
-    scale: F32  # (rows, groups), or (rows, 2 * groups)
-    minimum: F32 | None  # (rows, groups)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.q), self.q.shape[1] * GROUP
-
 
 Parts = tuple[NDArray[Any], F32, F32 | None]
 
@@ -100,9 +78,11 @@ def take_apart(block: BlockType, raw: U8, rows: int) -> QuantisedRows:
     """raw: the bytes of `rows` whole rows of a quantised type."""
     bits, parts = _PARTS[block.name]
     q, scale, minimum = parts(raw.reshape(-1, block.nbytes))
+    q = q.reshape(rows, -1, GROUP)
     return QuantisedRows(
         bits,
-        q.reshape(rows, -1, GROUP),
+        q,
         scale.reshape(rows, -1),
         None if minimum is None else minimum.reshape(rows, -1),
+        q.shape[1] * GROUP,
     )

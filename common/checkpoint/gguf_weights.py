@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from .gguf_blocks import SCHEMES, QuantisedRows, take_apart
+from .gguf_blocks import SCHEMES, take_apart
 from .gguf_file import GGUFTensor, open_gguf
 from .gguf_types import SUPPORTED
+from .quantised_rows import QuantisedRows
 
 _OUTSIDE_BLOCKS = {
     "token_embd": "model.embed_tokens",
@@ -41,6 +43,7 @@ _GEMMA3 = _IN_BLOCKS | {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_FLOATS = {"F16": "float16", "BF16": "bfloat16"}
 _NOT_WEIGHTS = {"rope_freqs.weight"}  # read with the configuration
 
 
@@ -95,10 +98,12 @@ class GGUFWeights:
         return _halves(out, len(out) // self.row_step(name))
 
     def scheme(self, name: str) -> str:
-        """The quantised type of a matrix, as in gguf_blocks.SCHEMES; "" for other tensors."""
+        """The type of a matrix: one of gguf_blocks.SCHEMES, "float16" or "bfloat16"; "" for float32
+        and for vectors."""
         tensor = self._tensors[name]
-        kind = SUPPORTED[tensor.kind].name.lower()
-        return kind if kind in SCHEMES and len(tensor.shape) == 2 else ""
+        kind = SUPPORTED[tensor.kind].name
+        known = kind.lower() if kind.lower() in SCHEMES else _FLOATS.get(kind, "")
+        return known if len(tensor.shape) == 2 else ""
 
     def quantised_rows(self, name: str) -> QuantisedRows:
         """The whole matrix in its stored precision; rows in Hugging Face's order."""
@@ -110,7 +115,7 @@ class GGUFWeights:
             return found
         order = _halves(np.arange(rows, dtype=np.float32)[:, None], heads)[:, 0].astype(np.intp)
         minimum = None if found.minimum is None else found.minimum[order]
-        return QuantisedRows(found.bits, found.q[order], found.scale[order], minimum)
+        return replace(found, q=found.q[order], scale=found.scale[order], minimum=minimum)
 
     def _read(self, tensor: GGUFTensor, start: int, stop: int) -> NDArray[np.uint8]:
         """The bytes of rows start..stop."""

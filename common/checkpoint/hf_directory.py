@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .quantization_config import packed_scheme
 
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0},
@@ -81,13 +82,13 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory}: no config.json; a model directory holds config.json, *.safetensors and "
             "tokenizer.json (a GGUF model is named by its .gguf file)."
         )
-    _refuse_quantised(path, outer)
     text = outer.get("text_config")
     config = dict(outer)
     if isinstance(text, dict):
         outer_type = outer.get("model_type")
         config |= {"model_type": _TEXT_TYPES.get(str(outer_type), outer_type)}
         config |= {key: value for key, value in text.items() if value is not None}
+    packed_scheme(config, path)  # refuses what there is no scheme for
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path}: field 'model_type' is missing; it names the architecture.")
     defaults = _FAMILY_DEFAULTS.get(config["model_type"], {})
@@ -136,13 +137,3 @@ def _added_tokens(path: Path) -> list[tuple[str, int]]:
     except ValueError:
         return []
     return [(e.get("content", ""), e["id"]) for e in entries if isinstance(e, dict) and "id" in e]
-
-
-def _refuse_quantised(path: Path, config: Mapping[str, Any]) -> None:
-    quantised = config.get("quantization_config") or config.get("compression_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise CheckpointError(
-            f"{path}: field 'quantization_config' ({method or 'unnamed method'}) is not supported; "
-            "supported: unquantised float32, float16 and bfloat16 safetensors, or a GGUF file."
-        )

@@ -1,4 +1,5 @@
-"""The tensor table of a directory's safetensors files, read and checked without the weights.
+"""The tensor table of a directory's safetensors files, read and checked without the weights; single
+tensors as numpy arrays.
 
 Format: eight bytes little-endian header length, a JSON header, then the data (safetensors 0.x).
 """
@@ -12,11 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import CheckpointError
 from .hf_directory import read_object
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1}
 """Supported storage types and their bytes per element."""
+
+_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1"}
 
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000
@@ -75,6 +81,16 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{file}: the header is damaged ({error}); download it again."
         ) from None
+
+
+def read_array(tensor: StoredTensor) -> NDArray[Any]:
+    """A whole tensor of a supported type; floats become float32."""
+    count = tensor.nbytes // ITEM_BYTES[tensor.dtype]
+    kind = np.dtype(_NUMPY[tensor.dtype])
+    raw = np.fromfile(tensor.file, kind, count, offset=tensor.offset).reshape(tensor.shape)
+    if tensor.dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32) if tensor.dtype == "F16" else raw
 
 
 def _entry(file: Path, name: str, entry: Mapping[str, Any], start: int, size: int) -> StoredTensor:

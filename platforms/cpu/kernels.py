@@ -8,7 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...common.checkpoint.gguf_blocks import QuantisedRows
+from ...common.checkpoint.gguf_blocks import SCHEMES
+from ...common.checkpoint.packed_schemes import PACKED
+from ...common.checkpoint.quantised_rows import QuantisedRows
 from ...common.errors import KernelError
 from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
@@ -65,10 +67,14 @@ NATIVE_OPS = (
 ).split()
 MATRIX_OPS = {"embedding", "linear"}
 """Ops whose weight is packed at load."""
+WEIGHTS = frozenset({"", "bfloat16", "float16", "int8", "int4"}) | SCHEMES | PACKED
+"""Schemes that `pack` has a form for."""
 
 
 def pack(weight: Tensor | QuantisedRows, problem: Problem) -> PackedWeight:
     if isinstance(weight, QuantisedRows):
+        if problem.op == "embedding" and weight.order is not None:
+            raise KernelError("An embedding with columns out of order is not served.")
         return pack_stored(weight)
     if problem.weights == "int8":
         return quantise_int8(weight)
@@ -80,6 +86,8 @@ def pack(weight: Tensor | QuantisedRows, problem: Problem) -> PackedWeight:
 def _needs_native(facts: DeviceFacts, problem: Problem) -> str | None:
     if problem.dtype != "float32":
         return f"computes in float32, not {problem.dtype}"
+    if problem.weights not in WEIGHTS:
+        return f"has no {problem.weights} weights"
     return missing()
 
 

@@ -98,7 +98,7 @@ class NativeOps:
         self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None
     ) -> Tensor:
         packed = self._packed(weight)
-        x = _rows(x)
+        x = _rows(x if packed.order is None else self._reordered(x, packed.order))
         rows = len(x)
         quantised = self._codes(x).data_ptr() if packed.quantised else 0
         out = self._issuer.empty(rows, packed.shape[0])
@@ -115,6 +115,11 @@ class NativeOps:
             ),
         )
         return out
+
+    def _reordered(self, x: Tensor, order: Tensor) -> Tensor:
+        if self._issuer.is_recording:
+            raise NotRecorded("a weight has its columns out of order (desc_act)")
+        return x.index_select(1, order)
 
     def _packed(self, weight: Tensor | PackedWeight) -> PackedWeight:
         if isinstance(weight, PackedWeight):

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from torch import Tensor
 
-from ...common.checkpoint.gguf_blocks import QuantisedRows
+from ...common.checkpoint.quantised_rows import QuantisedRows
 from .native_library import WeightStruct
 
 PANEL = 16
@@ -38,6 +38,7 @@ class PackedWeight:
     data: Tensor
     scales: Tensor | None = None
     mins: Tensor | None = None
+    order: Tensor | None = None  # place in the packed form -> k, where they are not the same
     structs: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -69,7 +70,8 @@ class PackedWeight:
 def pack_floats(weight: Tensor) -> PackedWeight:
     """weight (n, k) float32, bfloat16 or float16, kept in that dtype."""
     n, k = weight.shape
-    panels = F.pad(weight, (0, 0, 0, -n % PANEL)).view(-1, PANEL, k)
+    whole = F.pad(weight, (0, 0, 0, -n % PANEL)) if n % PANEL else weight.contiguous()
+    panels = whole.view(-1, PANEL, k)
     return PackedWeight(FLOATS[weight.dtype], (n, k), panels.transpose(1, 2).contiguous())
 
 
@@ -126,12 +128,16 @@ def pack_int4(q: Tensor, scale: Tensor, minimum: Tensor | None, shape: Any) -> P
 
 
 def pack_stored(rows: QuantisedRows) -> PackedWeight:
-    """A checkpoint's own numbers, rearranged; scales are rounded to fp16."""
+    """A checkpoint's own numbers, rearranged; scales and minimums are rounded to fp16."""
     q, scale = torch.from_numpy(rows.q), torch.from_numpy(rows.scale)
     minimum = None if rows.minimum is None else torch.from_numpy(rows.minimum)
     if rows.bits == 4:
-        return pack_int4(q, scale, minimum, rows.shape)
-    return pack_int8(q, scale, rows.shape, minimum)
+        packed = pack_int4(q, scale, minimum, rows.shape)
+    else:
+        packed = pack_int8(q, scale, rows.shape, minimum)
+    if rows.order is None:
+        return packed
+    return replace(packed, order=torch.from_numpy(rows.order), structs={})
 
 
 def dismantle(weight: PackedWeight) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -161,7 +167,8 @@ def unpack(weight: PackedWeight) -> Tensor:
     values = q.view(*scale.shape, -1) * scale.unsqueeze(-1)
     if weight.mins is not None:
         values = values.view(len(scale), -1, GROUP) - _by_row(weight.mins).unsqueeze(-1)
-    return values.reshape(len(values), -1)[:n, :k].contiguous()
+    values = values.reshape(len(values), -1)[:n, :k].contiguous()
+    return values if weight.order is None else values[:, weight.order.argsort()]
 
 
 def _groups(weight: Tensor) -> Tensor:

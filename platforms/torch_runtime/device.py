@@ -74,8 +74,8 @@ class TorchDevice:
         return "float32", "this device has no native 16-bit dtype"
 
     def default_kv_dtype(self, dtype: str, quantised: bool) -> tuple[str, str]:
-        """The dtype of keys and values when the user names none, and why. `quantised`: the weights
-        are kept in fewer bits than `dtype` has."""
+        """The dtype of keys and values when the user names none, and why. `quantised`: weights
+        are kept in fewer bits than a float has."""
         return dtype, "the dtype of the activations"
 
     def memory(self) -> tuple[int, int]:

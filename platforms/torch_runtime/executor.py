@@ -11,6 +11,7 @@ from ...common.decisions import DecisionLog
 from ...common.errors import KernelError, OutOfMemory
 from ...common.ops.registry import KernelRegistry
 from ...models.base import Model
+from ...models.quantization import has_quantised
 from ...models.quantization import weight_bytes as bytes_of_weights
 from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Status, Support
 from ..interface_attention import AttentionBackend, AttentionSpec
@@ -113,20 +114,19 @@ class TorchExecutor:
         if self._register is not None:
             self._register(registry)
         quantize = self._weights(source, dtype, registry, log)
-        problems = [
-            *source.kernel_problems(dtype, quantize),
-            *(Problem(op, dtype) for op in RUNTIME_OPS),
-        ]
+        problems = self._problems(source, dtype, quantize)
         ops = registry.resolve(problems, device.facts, spec.kernels, spec.strict)
         model = source.build(ops, DTYPES[dtype], quantize)
-        attention, specs, decisions = self._attention(model, dtype, quantize, registry)
+        attention, specs, decisions = self._attention(model, dtype, registry)
         log.extend([*ops.decisions, *decisions])
         needs = group_needs(model.cache_needs())
         weight_bytes, budget = self._memory(model)
         kv_dtype = specs[0].stored_dtype if specs else dtype
         planner = CachePlanner(spec, needs, kv_dtype, source.context_length, budget, log)
         plan = planner.plan()
-        source.load(model, device.to_device, progress)
+        packed = source.load(model, device.to_device, progress)
+        if packed is not None:
+            log.extend([packed])
         groups = self._reserve(plan, needs, specs, attention, ops)
         self._runner = ModelRunner(
             model, groups, attention, specs, ops, device, spec.max_rows, source.vocab_size
@@ -142,34 +142,41 @@ class TorchExecutor:
         log.add("dtype", dtype, because)
         return dtype
 
+    def _problems(self, source: ModelSource, dtype: str, quantize: str) -> list[Problem]:
+        runtime = (Problem(op, dtype) for op in RUNTIME_OPS)
+        return [*source.kernel_problems(dtype, quantize), *runtime]
+
     def _weights(
         self, source: ModelSource, dtype: str, registry: KernelRegistry, log: DecisionLog
     ) -> str:
         """How matrices are kept: "int8", "int4", "stored", or "" for the dtype."""
         wanted = self._spec.quantize
+        problems = self._problems(source, dtype, "stored")
+        schemes = ", ".join(sorted({p.weights for p in problems if p.weights}))
+        stores = f"; the checkpoint stores {schemes}" if schemes else ""
         if wanted is not None:
             ends = "; the embedding and the head are int8" if wanted == "int4" else ""
-            log.add("weights", dtype if wanted == "none" else wanted, f"set by the user{ends}")
+            because = f"set by the user{ends}{stores}"
+            log.add("weights", dtype if wanted == "none" else wanted, because)
             return "" if wanted == "none" else wanted
-        problems = source.kernel_problems(dtype, "stored")
-        schemes = ", ".join(sorted({p.weights for p in problems if p.weights}))
         if not schemes:
-            log.add("weights", dtype, "the checkpoint's matrices are not quantised")
+            log.add("weights", dtype, "the checkpoint has no narrower form of its matrices")
             return ""
         if self._spec.dtype is not None:
-            because = f"dtype was set by the user; the checkpoint stores {schemes}"
-            log.add("weights", dtype, because)
+            log.add("weights", dtype, f"dtype was set by the user{stores}")
             return ""
         try:
             registry.resolve(problems, self._device.facts, self._spec.kernels)
         except KernelError as error:
-            log.add("weights", dtype, f"no kernel for {schemes}", [(schemes, str(error))])
+            because = f"no kernel for {schemes}: matrices are converted when they are loaded"
+            log.add("weights", dtype, because, [(schemes, str(error))])
             return ""
-        log.add("weights", schemes, "kept as the checkpoint stores them")
+        because = f"kept as the checkpoint stores them, computed in {dtype}"
+        log.add("weights", schemes, because)
         return "stored"
 
     def _attention(
-        self, model: Model, dtype: str, quantize: str, registry: KernelRegistry
+        self, model: Model, dtype: str, registry: KernelRegistry
     ) -> tuple[AttentionBackend, list[AttentionSpec], list[Decision]]:
         """The backend, the layers' specs with the dtype of keys and values, and why. A dtype that
         the user named is served or refused; the device's own choice gives way to `dtype`."""
@@ -181,7 +188,7 @@ class TorchExecutor:
         )
         rejected: tuple[tuple[str, str], ...] = ()
         if chosen is None:
-            chosen, because = self._device.default_kv_dtype(dtype, quantize != "")
+            chosen, because = self._device.default_kv_dtype(dtype, has_quantised(model))
             wanted = [replace(s, kv_dtype=chosen) for s in specs]
             reasons = dict.fromkeys(r for s in wanted for r in backend.accepts(s, facts))
             if reasons:

@@ -16,7 +16,7 @@ from support.attention_checks import (
     step_batch,
     to_int8_rows,
 )
-from support.kernel_checks import check
+from support.kernel_checks import check, rounded_to_bytes
 from torch import Tensor
 
 from sixfold.common.ops import OPS
@@ -105,17 +105,6 @@ def test_equals_the_reference(issuer: Issuer, op: str) -> None:
     assert check(OPS[op], getattr(NativeOps(issuer), op), "float32") > 0
 
 
-def quantised_like_the_kernel(x: Tensor) -> Tensor:
-    """Activations as eight bits with a scale per 32, as `linear` rounds them."""
-    rows, k = x.shape
-    if not rows:
-        return x
-    groups = torch.nn.functional.pad(x, (0, -k % packing.GROUP)).view(rows, -1, packing.GROUP)
-    most = groups.abs().amax(-1, keepdim=True)
-    codes = (groups * torch.where(most > 0, 127 / most, 0.0)).round()
-    return (codes * (most / 127)).view(rows, -1)[:, :k]
-
-
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_on_every_form_of_weight(
@@ -128,7 +117,7 @@ def test_linear_on_every_form_of_weight(
         x = torch.where(x > 0, 1.0, -1.0)
     weight = form(torch.randn(n, k) * k**-0.5)
     values = packing.unpack(weight).double()
-    seen = quantised_like_the_kernel(x) if weight.quantised else x
+    seen = rounded_to_bytes(x) if weight.quantised else x
     want = (seen.double() @ values.T + bias).float()
     got = NativeOps(issuer).linear(x, weight, bias)
     largest = max(1.0, float(values.abs().max()))

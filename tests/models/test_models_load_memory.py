@@ -16,15 +16,17 @@ import pytest
 import torch
 from reference_kernels import reference_table
 from run_model import load
+from safetensors.torch import save_file
 from tiny_models import TINY, save
 
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
 from sixfold.common.checkpoint.source import resolve_model
 from sixfold.models.loading import build_model, load_weights
 from sixfold.models.safetensors_weights import SafetensorsWeights
+from sixfold.platforms.cpu.native_library import missing
 
 SCRIPT = """
-import json, re, sys
+import ctypes, json, re, sys
 from pathlib import Path
 import torch
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
@@ -39,21 +41,34 @@ def kib(field):
 torch.set_num_threads(2)
 warm = torch.ones(1000).bfloat16().float().sum()
 checkpoint = open_checkpoint(sys.argv[1])
+quantize = sys.argv[3] if len(sys.argv) > 3 else ""
 table = KernelTable({op: Kernel(op, "generic", None, fn) for op, fn in GENERIC.items()}, ())
-model = build_model(checkpoint, table, getattr(torch, sys.argv[2]))
+if quantize:
+    from sixfold.common.ops.registry import KernelRegistry
+    from sixfold.models.loading import kernel_problems
+    from sixfold.platforms.cpu import device_facts
+    from sixfold.platforms.cpu.device import CpuDevice
+    from sixfold.platforms.cpu.kernels import register
+    from sixfold.platforms.machine import observe
+    facts, registry = device_facts(observe()), KernelRegistry()
+    register(registry, CpuDevice(facts, 1))
+    table = registry.resolve(kernel_problems(checkpoint, sys.argv[2], quantize), facts, {})
+model = build_model(checkpoint, table, getattr(torch, sys.argv[2]), quantize)
+weights = weight_bytes(model)
 Path("/proc/self/clear_refs").write_text("5")  # peak = now
-before = kib("VmRSS")
+before, private = kib("VmRSS"), kib("RssAnon")
 load_weights(model, checkpoint, lambda tensor: tensor)
+getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # freed blocks are no copy
 total = sum(float(p.view(-1)[::512].sum()) for p in model.parameters())  # touch every page
-print(json.dumps({"grown": (kib("VmHWM") - before) * 1024, "private": kib("RssAnon") * 1024,
-                  "weights": weight_bytes(model)}))
+print(json.dumps({"grown": (kib("VmHWM") - before) * 1024, "weights": weights,
+                  "private": (kib("RssAnon") - private) * 1024}))
 """
 
 
-def measure(path: Path, dtype: str) -> dict[str, int]:
+def measure(path: Path, dtype: str, *quantize: str) -> dict[str, int]:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak resident memory can be reset on Linux only")
-    command = [sys.executable, "-c", SCRIPT, str(path), dtype]
+    command = [sys.executable, "-c", SCRIPT, str(path), dtype, *quantize]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -94,6 +109,62 @@ def test_mapped_safetensors_take_no_private_memory(smollm2_safetensors: Path) ->
     # Converted weights are private memory; mapped ones are pages of the file.
     saved = converted["private"] - mapped["private"]
     assert saved >= 0.9 * converted["weights"], (mapped, converted)
+
+
+@pytest.mark.skipif(missing() is not None, reason="no native kernels here")
+def test_sixteen_bits_are_kept_without_a_wide_copy(smollm2_safetensors: Path) -> None:
+    """Private memory after loading: the packed form alone, half of the float32 copy."""
+    kept = measure(smollm2_safetensors, "float32", "stored")
+    wide = measure(smollm2_safetensors, "float32")
+    assert kept["weights"] <= 0.51 * wide["weights"], (kept, wide)
+    saved = wide["private"] - kept["private"]
+    assert saved >= 0.45 * wide["weights"], (kept, wide)
+    # At the peak the clean pages of the file are counted too, and one layer's copy.
+    assert kept["grown"] <= 2.25 * kept["weights"], kept
+
+
+@pytest.fixture(scope="module")
+def packed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama with 84 million parameters in GPTQ's form; any words are numbers, any zeros too."""
+    import transformers
+
+    width, inner, layers, group = 1024, 4096, 5, 128
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1000}
+    path = tmp_path_factory.mktemp("packed")
+    transformers.LlamaConfig(**sizes, **heads, dtype="float16").save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    quantised = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False}
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    tensors = {name: torch.randn(1000, width).half() for name in ends}
+    tensors["model.norm.weight"] = torch.ones(width).half()
+    for layer in range(layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(width).half()
+        square = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
+        wide = {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
+        for name, (n, k) in {**square, **wide, "mlp.down_proj": (width, inner)}.items():
+            module = f"model.layers.{layer}.{name}"
+            words = torch.randint(-(2**31), 2**31 - 1, (k // 8 + k // group, n)).int()
+            tensors[f"{module}.qweight"] = words[: k // 8].contiguous()
+            tensors[f"{module}.qzeros"] = words[k // 8 :, : n // 8].contiguous()
+            tensors[f"{module}.scales"] = torch.rand(k // group, n).half()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.mark.skipif(missing() is not None, reason="no native kernels here")
+def test_packed_matrices_are_kept_without_a_wide_copy(packed_model: Path) -> None:
+    """Only the matrix at hand exists in other forms: its bytes, and those being rearranged."""
+    kept = measure(packed_model, "float32", "stored")
+    wide = measure(packed_model, "float32")
+    assert kept["weights"] < 0.18 * wide["weights"], (kept, wide)
+    assert kept["private"] <= 1.1 * kept["weights"], kept
+    largest = 1024 * 4096
+    assert kept["grown"] <= 1.1 * kept["weights"] + 8 * largest, kept
+    # Converting costs no second copy either.
+    assert wide["grown"] <= 1.25 * wide["weights"], wide
 
 
 def test_parameters_lie_on_the_file(tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from gguf import GGMLQuantizationType as Kind
-from run_model import load, logits
-from support.kernel_checks import cpu_facts, cpu_registry
+from run_model import load, load_native, load_on_cpu, logits
 from tiny_gguf import write_model
 from tiny_models import GEMMA3, TINY, Tiny
 from tiny_models import prompt as tokens
@@ -20,13 +18,9 @@ from sixfold.common.checkpoint.checkpoint import open_checkpoint
 from sixfold.common.checkpoint.gguf_blocks import SCHEMES, take_apart
 from sixfold.common.checkpoint.gguf_types import SUPPORTED
 from sixfold.common.errors import KernelError
-from sixfold.models.loading import build_model, kernel_problems, load_weights
-from sixfold.platforms.cpu.device import CpuDevice
-from sixfold.platforms.cpu.kernels import register
+from sixfold.models.loading import kernel_problems
 from sixfold.platforms.cpu.native_library import missing
 from sixfold.platforms.cpu.packing import pack_stored, unpack
-from sixfold.platforms.interface import EngineSpec, ExecutorInfo
-from sixfold.platforms.torch_runtime.executor import TorchExecutor
 
 HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0]} | {
     "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
@@ -77,12 +71,9 @@ def test_a_model_on_blocks_equals_the_dequantised_one(
     oracle = tiny.model()
     state = {name: tensor.numpy() for name, tensor in oracle.state_dict().items()}
     path = write_model(tmp_path / "m.gguf", arch, oracle.config, state, kind)
-    checkpoint = open_checkpoint(path)
-    problems = kernel_problems(checkpoint, "float32", "stored")
+    problems = kernel_problems(open_checkpoint(path), "float32", "stored")
     assert {p.weights for p in problems} == {"", kind.name.lower()}
-    table = cpu_registry().resolve([*problems], cpu_facts(), {})
-    model = build_model(checkpoint, table, torch.float32, "stored")
-    load_weights(model, checkpoint, lambda tensor: tensor)
+    model = load_native(path)
     assert not [n for n, p in model.named_parameters() if p.dim() == 2], "a dequantised copy"
     found, want = logits(model, tokens()), logits(load(path), tokens())
     error = float((found - want).norm() / want.norm())
@@ -90,21 +81,11 @@ def test_a_model_on_blocks_equals_the_dequantised_one(
     assert error > 0, "eight-bit activations leave a trace"
 
 
-def info(path: Path, **fields: object) -> ExecutorInfo:
-    device = CpuDevice(cpu_facts(), threads=1)
-    spec = EngineSpec(str(path), max_context=64, **fields)  # type: ignore[arg-type]
-    executor = TorchExecutor(spec, device, lambda registry: register(registry, device))
-    try:
-        return executor.load()
-    finally:
-        executor.close()
-
-
 @native
 @pytest.mark.parametrize(
     ("fields", "chosen", "because"),
     [
-        ({}, "q4_1", "as the checkpoint stores"),
+        ({}, "q4_1", "kept as the checkpoint stores them"),
         ({"quantize": "none"}, "float32", "set by the user"),
         ({"quantize": "int8"}, "int8", "set by the user"),
         ({"dtype": "float32"}, "float32", "dtype was set by the user"),
@@ -117,7 +98,7 @@ def test_how_matrices_are_kept_is_decided(
     oracle = WIDE.model()
     state = {name: tensor.numpy() for name, tensor in oracle.state_dict().items()}
     path = write_model(tmp_path / "m.gguf", "llama", oracle.config, state, Kind.Q4_1)
-    loaded = info(path, **fields)
+    loaded = load_on_cpu(path, **fields)
     decision = {d.what: d for d in loaded.decisions}["weights"]
     assert decision.chosen == chosen
     assert because in decision.because
@@ -132,6 +113,6 @@ def test_what_no_kernel_keeps_is_refused(tmp_path: Path) -> None:
     state = {name: tensor.numpy() for name, tensor in oracle.state_dict().items()}
     path = write_model(tmp_path / "m.gguf", "llama", oracle.config, state)
     with pytest.raises(KernelError, match="has no int4 weights"):
-        info(path, quantize="int4", kernels={"linear": "generic"})
+        load_on_cpu(path, quantize="int4", kernels={"linear": "generic"})
     with pytest.raises(KernelError, match="computes in float32"):
-        info(path, quantize="int8", dtype="bfloat16")
+        load_on_cpu(path, quantize="int8", dtype="bfloat16")

@@ -11,6 +11,7 @@ import torch
 from sixfold.common.ops.registry import KernelRegistry
 from sixfold.platforms.cpu.device import CpuDevice
 from sixfold.platforms.cpu.kernels import register
+from sixfold.platforms.cpu.packing import GROUP
 from sixfold.platforms.interface import DeviceFacts
 from sixfold.platforms.interface_kernels import Case, Kernel, Op, Problem, Tolerance
 from sixfold.platforms.torch_runtime.dtypes import DTYPES
@@ -140,6 +141,17 @@ def to_torch(value: np.ndarray, dtype: torch.dtype | None) -> torch.Tensor:
         value = value.view(np.int32)
     tensor = torch.from_numpy(np.ascontiguousarray(value).copy())
     return tensor if dtype is None else tensor.to(dtype)
+
+
+def rounded_to_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Activations as eight bits with a scale per 32, as the CPU's native `linear` rounds them."""
+    rows, k = x.shape
+    if not rows:
+        return x
+    groups = torch.nn.functional.pad(x, (0, -k % GROUP)).view(rows, -1, GROUP)
+    most = groups.abs().amax(-1, keepdim=True)
+    codes = (groups * torch.where(most > 0, 127 / most, 0.0)).round()
+    return (codes * (most / 127)).view(rows, -1)[:, :k]
 
 
 def _is_float(value: Any) -> bool:

@@ -1,0 +1,148 @@
+"""From config.json's "quantization_config" to the scheme that its matrices lie in, or a refusal.
+
+A field that changes what numbers mean and is not understood is refused, never passed over. Which
+modules are quantised is read from the files' tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .packed_schemes import AWQ, GPTQ, Compressed, PackedScheme
+from .quantised_rows import GROUP
+
+SUPPORTED = (
+    "gptq (4 and 8 bits), awq (4 bits, version gemm), compressed-tensors (int-quantized and "
+    "pack-quantized), and directories in float32, float16 or bfloat16; or a GGUF file"
+)
+
+
+def packed_scheme(config: Mapping[str, Any], source: Path) -> PackedScheme | None:
+    """None when nothing is quantised. Raises CheckpointError naming the field."""
+    stated = config.get("quantization_config") or config.get("compression_config")
+    if not stated:
+        return None
+    if not isinstance(stated, dict):
+        raise CheckpointError(f"{source}: field 'quantization_config' must be an object.")
+    method = str(stated.get("quant_method") or "unnamed method").lower()
+    if method not in _METHODS:
+        raise CheckpointError(
+            f"{source}: field 'quantization_config' ({method}) is not supported; supported: "
+            f"{SUPPORTED}."
+        )
+    return _METHODS[method](_Stated(stated, source, method))
+
+
+class _Stated:
+    """A quantization_config, or an object in it, read through lists of what is supported."""
+
+    def __init__(
+        self, values: Mapping[str, Any], source: Path, method: str, inside: str = ""
+    ) -> None:
+        self.values = values
+        self.source = source
+        self.method = method
+        self.inside = inside  # "config_groups.group_0."
+
+    def one_of(self, name: str, allowed: Iterable[Any], default: Any = None) -> Any:
+        value = self.values.get(name)
+        value = default if value is None else value
+        value = value.lower() if isinstance(value, str) else value
+        # True would equal 1.
+        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
+            raise self.refusal(name, ", ".join(map(str, allowed)))
+        return value
+
+    def absent(self, *names: str) -> None:
+        for name in names:
+            if self.values.get(name):
+                raise self.refusal(name, "none")
+
+    def group_size(self) -> int:
+        value = self.values.get("group_size")
+        if isinstance(value, int) and (value == -1 or (value >= GROUP and value % GROUP == 0)):
+            return value
+        raise self.refusal("group_size", f"-1 and multiples of {GROUP}")
+
+    def part(self, name: str) -> _Stated:
+        value = self.values.get(name)
+        if not isinstance(value, dict):
+            raise self.refusal(name, "an object")
+        return _Stated(value, self.source, self.method, f"{self.inside}{name}.")
+
+    def refusal(self, name: str, supported: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.source}: field '{self.inside}{name}' of 'quantization_config' ({self.method}) "
+            f"has the value {self.values.get(name)!r}, which is not supported; supported: "
+            f"{supported}."
+        )
+
+
+def _gptq(stated: _Stated) -> PackedScheme:
+    form = "checkpoint_format" if stated.values.get("checkpoint_format") else "format"
+    version = stated.one_of(form, ("gptq", "gptq_v2"), "gptq")
+    stated.absent("is_marlin_format", "rotation", "adapter")
+    stated.one_of("pack_dtype", ("int32",), "int32")
+    # Rules per module: "-:pattern" leaves it in floats, others change its bits or groups.
+    rules = stated.values.get("dynamic") or {}
+    if any(not str(rule).startswith("-") for rule in rules):
+        raise stated.refusal("dynamic", "rules that leave modules out (-:)")
+    return GPTQ(
+        stated.one_of("bits", (4, 8)),
+        stated.group_size(),
+        0 if version == "gptq_v2" else 1,
+        stated.one_of("desc_act", (True, False), False),
+    )
+
+
+def _awq(stated: _Stated) -> PackedScheme:
+    form = next((n for n in ("version", "checkpoint_format") if stated.values.get(n)), "format")
+    stated.one_of(form, ("gemm",), "gemm")
+    stated.one_of("zero_point", (True,), True)
+    stated.one_of("bits", (4,))
+    stated.absent("rotation", "adapter", "dynamic")
+    return AWQ(stated.group_size())
+
+
+def _compressed(stated: _Stated) -> PackedScheme:
+    form = stated.one_of("format", ("int-quantized", "pack-quantized"))
+    stated.absent("kv_cache_scheme", "transform_config")
+    sparsity = stated.values.get("sparsity_config") or {}
+    if sparsity.get("format") not in (None, "dense"):
+        raise stated.refusal("sparsity_config", "none")
+    groups = stated.part("config_groups")
+    schemes = {_of_group(groups.part(name), form) for name in groups.values}
+    if len(schemes) != 1:
+        raise stated.refusal("config_groups", "groups that quantise weights alike")
+    return schemes.pop()
+
+
+def _of_group(group: _Stated, form: str) -> Compressed:
+    group.one_of("format", (form,), form)
+    group.absent("output_activations")
+    if group.values.get("input_activations"):
+        # Rounded on the fly here too, in finer groups than the checkpoint asks for.
+        inputs = group.part("input_activations")
+        inputs.one_of("type", ("int",), "int")
+        inputs.one_of("num_bits", (8,), 8)
+        inputs.one_of("dynamic", (True,), False)
+    weights = group.part("weights")
+    weights.one_of("type", ("int",), "int")
+    packed = form == "pack-quantized"
+    bits = weights.one_of("num_bits", (4, 8) if packed else (8,))
+    strategy = weights.one_of("strategy", ("group", "channel") if packed else _STRATEGIES)
+    size = weights.group_size() if strategy == "group" else -1
+    symmetric = weights.one_of("symmetric", (True, False), True)
+    return Compressed(bits, packed, size, symmetric, strategy == "tensor")
+
+
+_STRATEGIES = ("group", "channel", "tensor")
+
+_METHODS: Mapping[str, Callable[[_Stated], PackedScheme]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed,
+}
