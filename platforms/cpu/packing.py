@@ -149,7 +149,8 @@ def dismantle(weight: PackedWeight) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def restore(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackedWeight:
     n, k = facts["shape"]
-    return PackedWeight(facts["format"], (n, k), **tensors)
+    rest: dict[str, Any] = dict(tensors)
+    return PackedWeight(facts["format"], (n, k), **rest)
 
 
 def unpack(weight: PackedWeight) -> Tensor:
