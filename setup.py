@@ -3,7 +3,9 @@ flags. Without a working C++ compiler the package installs without them and says
 
 from __future__ import annotations
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,9 +21,10 @@ class BuildLevels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         sources = [(f"level_{name}.cpp", flags) for name, flags in levels_for(machine()).items()]
         sources += [("team.cpp", []), ("api.cpp", [])]
-        objects = []
-        for name, flags in sources:
-            objects += self.compiler.compile(
+
+        def compiled(source: tuple[str, list[str]]) -> list[str]:
+            name, flags = source
+            return self.compiler.compile(
                 [str(NATIVE / name)],
                 output_dir=self.build_temp,
                 macros=defines_for(machine()),
@@ -29,6 +32,9 @@ class BuildLevels(build_ext):
                 extra_postargs=[*COMMON_FLAGS, *flags],
                 depends=ext.depends,
             )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [o for made in pool.map(compiled, sources) for o in made]
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),

@@ -28,6 +28,7 @@ class EngineConfig:
     threads: int | None = None
     quantize: str | None = None  # int8 | int4: matrices, on load; none: in the dtype
     kv_dtype: str | None = None  # of keys and values: as dtype, or int8
+    weight_cache: bool = True  # packed matrices on disk, for the next start
     kernels: dict[str, str] = field(default_factory=dict)  # op -> provider
     strict: bool = False
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checkpoint.quantised_rows import QuantisedRows
+from ..common.errors import KernelError
 from ..platforms.interface_kernels import KernelTable, Problem
+from .matrix_cache import Parts
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,26 @@ class Layer(nn.Module):
         """Called when all parameters of this layer have their values. `stored` is the matrix when
         the checkpoint holds it in the layer's scheme: its parameter is then on meta."""
 
+    def keepable(self) -> Parts | None:
+        """The prepared matrix taken apart, where the kernel's form is worth keeping on disk."""
+        return None
+
+    def restore(self, parts: Parts) -> None:
+        """In place of `prepare`, from what `keepable` gave at an earlier start."""
+        raise NotImplementedError
+
+    def _taken_apart(self, op: str, matrix: Any) -> Parts | None:
+        dismantle = self.ops.kernels[op].dismantle
+        if dismantle is None or isinstance(matrix, Tensor):
+            return None
+        return Parts(*dismantle(matrix))
+
+    def _restored(self, op: str, parts: Parts) -> Any:
+        restore = self.ops.kernels[op].restore
+        if restore is None:
+            raise KernelError(f"The kernel of {op!r} keeps nothing on disk.")
+        return restore(parts.facts, parts.tensors)
+
 
 class Linear(Layer):
     """(T, inputs) -> (T, outputs)."""
@@ -80,6 +102,13 @@ class Linear(Layer):
         self.matrix = self.build.prepared("linear", stored or self.weight, problem)
         if not isinstance(self.matrix, Tensor):
             del self.weight
+
+    def keepable(self) -> Parts | None:
+        return self._taken_apart("linear", self.matrix)
+
+    def restore(self, parts: Parts) -> None:
+        self.matrix = self._restored("linear", parts)
+        del self.weight
 
     def problems(self) -> Iterable[Problem]:
         outputs, inputs = self.weight.shape
@@ -116,6 +145,15 @@ class Embedding(Layer):
                 self.head = self.build.prepared("linear", stored or self.weight, product[0])
         if not isinstance(self.table, Tensor) and not isinstance(self.head, Tensor):
             del self.weight
+
+    def keepable(self) -> Parts | None:
+        one = not self.tied or self.head is self.table
+        return self._taken_apart("embedding", self.table) if one else None
+
+    def restore(self, parts: Parts) -> None:
+        self.table = self._restored("embedding", parts)
+        self.head = self.table if self.tied else None
+        del self.weight
 
     def problems(self) -> Iterable[Problem]:
         vocabulary, width = self.weight.shape

@@ -21,6 +21,7 @@ from .gemma3 import Gemma3Model
 from .gguf_weights import GGUFWeights
 from .layers import Build, Layer, Norm
 from .llama import LlamaModel
+from .matrix_cache import MatrixCache, Parts, files_of, fingerprint, folder_for
 from .packed_weights import PackedWeights
 from .quantization import FLOATS, assign_schemes
 from .qwen2 import Qwen2Model
@@ -137,22 +138,30 @@ def load_weights(
     checkpoint: Checkpoint,
     to_device: Callable[[Tensor], Tensor],
     progress: LoadProgress | None = None,
+    cache: MatrixCache | None = None,
 ) -> None:
     """Give every parameter and buffer its value, one after the other.
 
     `to_device` gets a CPU tensor of the final dtype, which may lie on mapped pages of the file, and
-    returns the tensor to keep. Raises CheckpointError naming the file and the tensor.
+    returns the tensor to keep. Matrices come from `cache` where it has them; else it is given those
+    that are worth keeping. Raises CheckpointError naming the file and the tensor.
     """
     source = open_weights(checkpoint)
     pieces = _assign(model, source, checkpoint)
     total, done = sum(parameter.nbytes for parameter in model.parameters()), 0
     stored: dict[nn.Module, str] = {}  # layers whose matrix stays as it is -> its tensor
+    restored: dict[nn.Module, Parts] = {}
     left = {module: len(list(module.parameters(recurse=False))) for module in model.modules()}
     for owner, leaf, name in list(_parameters(model)):
         meta = getattr(owner, leaf)
         tensor = pieces[name][0].tensor
+        kept = None
+        if cache is not None and leaf == "weight" and isinstance(owner, Layer):
+            kept = cache.get(name)
         scheme = owner.scheme if leaf == "weight" and isinstance(owner, Layer) else ""
-        if scheme and scheme == source.scheme(tensor) and scheme not in FLOATS:
+        if kept is not None:
+            restored[owner] = kept
+        elif scheme and scheme == source.scheme(tensor) and scheme not in FLOATS:
             stored[owner] = tensor
         else:
             dtype = FLOATS.get(scheme, meta.dtype)
@@ -161,13 +170,38 @@ def load_weights(
         left[owner] -= 1
         if not left[owner] and isinstance(owner, Layer):
             # As soon as a layer is whole, so that two forms of one weight exist at a time.
-            owner.prepare(source.quantised(stored[owner]) if owner in stored else None)
+            if owner in restored:
+                owner.restore(restored[owner])
+            else:
+                owner.prepare(source.quantised(stored[owner]) if owner in stored else None)
         done += meta.nbytes
         if progress:
             progress(done, total)
     for module in model.modules():
         for leaf, buffer in module.named_buffers(recurse=False):
             setattr(module, leaf, to_device(buffer))
+    if cache is not None and not cache.found:
+        for name, module in model.named_modules():
+            parts = module.keepable() if isinstance(module, Layer) else None
+            if parts is not None:
+                cache.put(f"{name}.weight", parts)
+
+
+def open_cache(model: Model, checkpoint: Checkpoint) -> MatrixCache | None:
+    """Where the packed matrices of this model are or will be kept; None when its kernels keep
+    nothing."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Layer)}
+    kernels = {op: k for layer in layers.values() for op, k in layer.ops.kernels.items()}
+    keeping = {op: k.provider for op, k in kernels.items() if k.dismantle is not None}
+    if not keeping:
+        return None
+    settings = {
+        "kernels": keeping,
+        "schemes": {name: layer.scheme for name, layer in layers.items()},
+        "dtypes": {name: layer.build.dtype_name for name, layer in layers.items()},
+    }
+    key = fingerprint(files_of(checkpoint.path), settings)
+    return MatrixCache(folder_for(checkpoint.path), key)
 
 
 def _value(owner: nn.Module, meta: Tensor, pieces: list[_Piece], source: WeightSource) -> Tensor:

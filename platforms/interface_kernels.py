@@ -60,6 +60,9 @@ class Kernel:
     # Brings a matrix once, at load, into the form that `fn` takes in its place. Kernels of one
     # provider share that form; None: `fn` takes the checkpoint's own.
     prepare: Callable[[Any, Problem], Any] | None = None
+    # For a form worth keeping on disk: prepared -> (JSON facts, tensors by name), and back.
+    dismantle: Callable[[Any], tuple[dict[str, Any], dict[str, Any]]] | None = None
+    restore: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class EngineClient:
     ) -> None:
         """`early`: a process that has been started for `config`."""
         self._located = located
-        self._make = lambda: early or EarlyEngine(config, log_level)
+        self._config, self._log_level, self._early = config, log_level, early
         self._folder: str | None = None
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
@@ -122,7 +122,7 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         endpoint = self._bind()
         self._started = loop.create_future()
-        engine = self._make()
+        engine = self._early or EarlyEngine(self._config, self._log_level)
         engine.begin(endpoint, self._located)
         self._process = process = engine.process
         self._reader = loop.create_task(self._read())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +20,15 @@ from .device import CpuDevice
 from .native_attention import NativeAttention
 from .native_library import missing
 from .native_ops import NativeOps
-from .packing import PackedWeight, pack_floats, pack_stored, quantise_int4, quantise_int8
+from .packing import (
+    PackedWeight,
+    dismantle,
+    pack_floats,
+    pack_stored,
+    quantise_int4,
+    quantise_int8,
+    restore,
+)
 
 SHORTLIST = 512
 """Best tokens tried before a whole vocabulary is sorted; a top-p of 0.95 rarely needs more."""
@@ -88,8 +97,10 @@ def register_native(registry: KernelRegistry, device: CpuDevice) -> None:
     ops = None if issuer is None else NativeOps(issuer)
     for op in NATIVE_OPS:
         fn = getattr(ops, op, _absent)
-        prepare = pack if op in MATRIX_OPS else None
-        registry.add(Kernel(op, "native", _needs_native, fn, priority=20, prepare=prepare))
+        kernel = Kernel(op, "native", _needs_native, fn, priority=20)
+        if op in MATRIX_OPS:
+            kernel = replace(kernel, prepare=pack, dismantle=dismantle, restore=restore)
+        registry.add(kernel)
     if issuer is not None:
         registry.add_attention(NativeAttention(issuer), priority=20)
 

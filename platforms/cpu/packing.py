@@ -12,7 +12,8 @@ k is padded to 32 in the quantised forms and n to 16, both with zeros.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -137,6 +138,19 @@ def pack_stored(rows: QuantisedRows) -> PackedWeight:
     if rows.order is None:
         return packed
     return replace(packed, order=torch.from_numpy(rows.order), structs={})
+
+
+def dismantle(weight: PackedWeight) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(JSON facts, tensors by name), from which `restore` makes an equal weight."""
+    values = {f.name: getattr(weight, f.name) for f in fields(weight)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return {"format": weight.format, "shape": list(weight.shape)}, tensors
+
+
+def restore(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackedWeight:
+    n, k = facts["shape"]
+    rest: dict[str, Any] = dict(tensors)
+    return PackedWeight(facts["format"], (n, k), **rest)
 
 
 def unpack(weight: PackedWeight) -> Tensor:

@@ -124,7 +124,9 @@ class TorchExecutor:
         kv_dtype = specs[0].stored_dtype if specs else dtype
         planner = CachePlanner(spec, needs, kv_dtype, source.context_length, budget, log)
         plan = planner.plan()
-        source.load(model, device.to_device, progress)
+        packed = source.load(model, device.to_device, progress)
+        if packed is not None:
+            log.extend([packed])
         groups = self._reserve(plan, needs, specs, attention, ops)
         self._runner = ModelRunner(
             model, groups, attention, specs, ops, device, spec.max_rows, source.vocab_size

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...models.base import Model
-from ..interface import EngineSpec, LoadProgress
+from ..interface import Decision, EngineSpec, LoadProgress
 from ..interface_kernels import KernelTable, Problem
 
 
@@ -39,15 +39,17 @@ class ModelSource(Protocol):
         model: Model,
         to_device: Callable[[Tensor], Tensor],
         progress: LoadProgress | None,
-    ) -> None:
-        """Replace every meta tensor of `model` by its values."""
+    ) -> Decision | None:
+        """Replace every meta tensor of `model` by its values. What was decided on the way."""
         ...
 
 
 class CheckpointSource:
     """A Hugging Face directory or a GGUF file."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, keep: bool = False) -> None:
+        """`keep`: packed matrices on disk, for the next start."""
+        self._keep = keep
         from ...common.checkpoint.checkpoint import open_checkpoint
 
         self._checkpoint = open_checkpoint(path)
@@ -84,11 +86,19 @@ class CheckpointSource:
         model: Model,
         to_device: Callable[[Tensor], Tensor],
         progress: LoadProgress | None,
-    ) -> None:
-        from ...models.loading import load_weights
+    ) -> Decision | None:
+        from ...models.loading import load_weights, open_cache
 
-        load_weights(model, self._checkpoint, to_device, progress)
+        cache = open_cache(model, self._checkpoint) if self._keep else None
+        load_weights(model, self._checkpoint, to_device, progress, cache)
+        if cache is None:
+            return None
+        if cache.found:
+            return Decision("packed weights", "mapped", f"{cache.path} has them; it may be deleted")
+        cache.save_aside()
+        because = f"the next start maps {cache.path}; --no-weight-cache keeps nothing"
+        return Decision("packed weights", "made, and kept", because)
 
 
 def open_source(spec: EngineSpec) -> ModelSource:
-    return CheckpointSource(spec.model_path)
+    return CheckpointSource(spec.model_path, spec.weight_cache)

@@ -47,6 +47,9 @@ def _engine_options(command: Any) -> Any:
             "--no-prefix-cache", is_flag=True, help="Compute every prompt from its beginning."
         ),
         click.option("--eviction", default="lru", help="Cache eviction: lru, lfu or priority."),
+        click.option(
+            "--no-weight-cache", is_flag=True, help="Keep no packed weights for the next start."
+        ),
         click.option("--no-overlap", is_flag=True, help="End each step before the next begins."),
         click.option("--threads", type=int, help="Threads for compute on a processor."),
         click.option("--quantize", help="Matrices as int8, int4, or none; else as stored."),
@@ -96,6 +99,7 @@ def serve(model: str, **flags: Any) -> None:
         kernels=_kernels(flags["kernel"]),
         prefix_cache=not flags["no_prefix_cache"],
         overlap=not flags["no_overlap"],
+        weight_cache=not flags["no_weight_cache"],
         **{
             name: flags[name]
             for name in (

@@ -138,7 +138,7 @@ void check_linear(void* team, int format, int rows, int n, int k, bool has_min) 
   const std::vector<float> x = normals(static_cast<size_t>(rows) * k);
   std::vector<float> out(static_cast<size_t>(rows) * n, NAN);
   const int groups = (k + 31) / 32;
-  std::vector<char> codes(static_cast<size_t>(rows) * groups * (3 * 32 + 12));
+  std::vector<char> codes(static_cast<size_t>(rows) * groups * (3 * 32 + 24));
   Instruction list[2] = {};
   list[0] = {kQuantise, rows, 0, 0, {address(x.data()), k, address(codes.data()), k}, {}};
   list[1] = {kLinear, rows, 0, 0,
@@ -167,7 +167,8 @@ void check_linear(void* team, int format, int rows, int n, int k, bool has_min) 
 // One row that decodes and one that prefills, with a window or without.
 void check_attention(void* team, int heads, int kv_heads, int dim, int window, int page_size,
                      int format) {
-  const int context[2] = {70, 9}, fresh[2] = {1, 41}, rows = 2, tokens = 42, width = 80;
+  const int context[2] = {70, 9}, fresh[2] = {1, 41}, rows = 2, tokens = 42;
+  const int width = (80 + page_size - 1) / page_size;
   std::vector<int32_t> table(rows * width), starts = {0, 1, 42}, contexts = {70, 9};
   for (int i = 0; i < rows * width; ++i) table[i] = 1 + (i * 37) % (rows * width);
   const int64_t slots = static_cast<int64_t>(rows * width + 1) * page_size;

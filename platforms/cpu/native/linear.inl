@@ -6,9 +6,28 @@ constexpr int kParts = kPanel / W;  // vectors per panel
 constexpr int kGroup = 32;          // k that share an activation scale and a weight scale
 
 SIXFOLD_INLINE int64_t groups_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
-// A quantised row, per group: 32 bytes, the same as 32 16-bit numbers (only written where a level
-// reads them), a float scale and two int32 sums (of 16 each); each kind for all groups together.
-SIXFOLD_INLINE int64_t quantised_row_bytes(int64_t k) { return groups_of(k) * (3 * kGroup + 12); }
+// Where the parts of a quantised row lie; each part for all groups together. The sums over k that
+// every product of a group needs are made once, with the row.
+struct QuantisedRow {
+  int8_t* bytes;      // kGroup a group
+  int16_t* wide;      // the same as 16-bit numbers; only written where a level reads them
+  float* scale;       // a number is its byte times this
+  float* sum;         // of the group's numbers
+  int32_t* start;     // -kOffset times the sum of the bytes
+  int32_t* halves;    // the same for each half of the group
+  int32_t* eighths;   // -8 times the sum of the bytes
+
+  QuantisedRow(int8_t* row, int64_t groups) {
+    bytes = row;
+    wide = reinterpret_cast<int16_t*>(bytes + groups * kGroup);
+    scale = reinterpret_cast<float*>(wide + groups * kGroup);
+    sum = scale + groups;
+    start = reinterpret_cast<int32_t*>(sum + groups);
+    halves = start + groups;
+    eighths = halves + 2 * groups;
+  }
+};
+SIXFOLD_INLINE int64_t quantised_row_bytes(int64_t k) { return groups_of(k) * (3 * kGroup + 24); }
 
 template <int F>
 SIXFOLD_INLINE nf load_weight(const void* base, int64_t at) {
@@ -53,13 +72,13 @@ static void quantised_tile(const Weight& w, int panel, const int8_t* x, float* o
   const int64_t groups = groups_of(w.k), row = quantised_row_bytes(w.k);
   constexpr int kGroupBytes = F == kQ4 ? kGroup * kPanel / 2 : kGroup * kPanel;
   Activations a[M];
-  const float* scale[M];
-  const int32_t* total[M];
+  const float *scale[M], *total[M];
+  const int32_t* start[M];  // what a group's sum of products begins with
   for (int m = 0; m < M; ++m) {
-    a[m].a8 = x + m * row;
-    a[m].a16 = reinterpret_cast<const int16_t*>(a[m].a8 + groups * kGroup);
-    scale[m] = reinterpret_cast<const float*>(a[m].a16 + groups * kGroup);
-    total[m] = reinterpret_cast<const int32_t*>(scale[m] + groups);
+    const QuantisedRow r(const_cast<int8_t*>(x) + m * row, groups);
+    a[m] = {r.bytes, r.wide};
+    scale[m] = r.scale, total[m] = r.sum;
+    start[m] = F == kQ8Half ? r.halves : F == kQ8 ? r.start : r.eighths;
   }
   const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * groups * kGroupBytes;
   for (int p = 0; p < kParts; ++p) {
@@ -69,26 +88,26 @@ static void quantised_tile(const Weight& w, int panel, const int8_t* x, float* o
     if constexpr (F == kQ8Half) {
       for (int64_t g = 0; g < 2 * groups; ++g) {
         ni products[M];
+        for (int m = 0; m < M; ++m) products[m] = splat_int(start[m][g]);
         products_of_bytes<M, kGroup / 2>(data + g * kGroupBytes / 2 + p * W * 4, a,
                                          g * kGroup / 2, products);
         const nf d = load_f16(w.scales + (panel * 2 * groups + g) * kPanel + p * W);
-        for (int m = 0; m < M; ++m)
-          sum[m] += to_float(products[m] - kOffset * total[m][g]) * (d * scale[m][g / 2]);
+        for (int m = 0; m < M; ++m) sum[m] += to_float(products[m]) * (d * scale[m][g / 2]);
       }
     } else for (int64_t g = 0; g < groups; ++g) {
       const int64_t where = (panel * groups + g) * kPanel + p * W;
       ni products[M];
+      constexpr bool kStarts = F == kQ4 ? !kMin : kOffset != 0;
+      for (int m = 0; m < M; ++m) products[m] = kStarts ? splat_int(start[m][g]) : ni{};
       const uint8_t* here = data + g * kGroupBytes + p * W * 4;
       if constexpr (F == kQ4) products_of_nibbles<M, kGroup>(here, a, g * kGroup, products);
       else products_of_bytes<M, kGroup>(here, a, g * kGroup, products);
       const nf d = load_f16(w.scales + where);
       nf low{};
       if constexpr (kMin) low = load_f16(w.mins + where);
-      constexpr int middle = F == kQ8 ? kOffset : (kMin ? 0 : 8);
       for (int m = 0; m < M; ++m) {
-        const int32_t all = total[m][2 * g] + total[m][2 * g + 1];
-        sum[m] += to_float(products[m] - middle * all) * (d * scale[m][g]);
-        if constexpr (kMin) sum[m] -= low * (scale[m][g] * static_cast<float>(all));
+        sum[m] += to_float(products[m]) * (d * scale[m][g]);
+        if constexpr (kMin) sum[m] -= low * total[m][g];
       }
     }
     const int count = w.n - at;
@@ -184,9 +203,7 @@ static void linear_run(const Instruction& c, const Step& step, int task) {
 // Rounds to nearest, ties to even. Infinities and NaN in the row give a row of no meaning.
 static void quantise_row(const float* x, int64_t width, int8_t* out) {
   const int64_t groups = groups_of(width);
-  int16_t* wide = reinterpret_cast<int16_t*>(out + groups * kGroup);
-  float* scales = reinterpret_cast<float*>(wide + groups * kGroup);
-  int32_t* totals = reinterpret_cast<int32_t*>(scales + groups);
+  const QuantisedRow row(out, groups);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t at = g * kGroup;
     float padded[kGroup] = {};
@@ -206,14 +223,18 @@ static void quantise_row(const float* x, int64_t width, int8_t* out) {
     for (int i = 0; i < kGroup; i += W) {
       const ni q = to_steps(load(from + i), inverse);
       const bytes_w narrow = __builtin_convertvector(q, bytes_w);
-      __builtin_memcpy(out + at + i, &narrow, W);
+      __builtin_memcpy(row.bytes + at + i, &narrow, W);
       if constexpr (kWide) {
         const shorts_w half = __builtin_convertvector(q, shorts_w);
-        __builtin_memcpy(wide + at + i, &half, 2 * W);
+        __builtin_memcpy(row.wide + at + i, &half, 2 * W);
       }
       sum[i / (kGroup / 2)] += q;
     }
-    scales[g] = most / 127.0f;
-    totals[2 * g] = sum_of_ints(sum[0]), totals[2 * g + 1] = sum_of_ints(sum[1]);
+    const int32_t first = sum_of_ints(sum[0]), second = sum_of_ints(sum[1]);
+    row.scale[g] = most / 127.0f;
+    row.sum[g] = row.scale[g] * static_cast<float>(first + second);
+    row.start[g] = -kOffset * (first + second);
+    row.halves[2 * g] = -kOffset * first, row.halves[2 * g + 1] = -kOffset * second;
+    row.eighths[g] = -8 * (first + second);
   }
 }

@@ -195,10 +195,10 @@ SIXFOLD_INLINE int32_t four_bytes(const int8_t* p) {
 
 constexpr int kStride = 64;  // bytes from one step of four (or eight) k to the next: 16 outputs
 
-// products_of_bytes: sums over K k of signed weights times activations, lanes are outputs.
-// products_of_nibbles: the same for weights 0..15.
+// products_of_bytes adds to `sum` over K k signed weights times activations, lanes are outputs;
+// products_of_nibbles the same for weights 0..15.
 // kOffset is what the level adds to every signed weight (VNNI multiplies unsigned by signed); the
-// caller takes kOffset * sum(a) off again.
+// caller begins with -kOffset * sum(a).
 #if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(__AVXVNNI__)
 constexpr int kOffset = 0;
 constexpr bool kWide = true;
@@ -221,7 +221,7 @@ SIXFOLD_INLINE void products_of_bytes(const uint8_t* w, const Activations* x, in
     }
   }
   for (int m = 0; m < M; ++m)
-    sum[m] = (ni)_mm256_permute4x64_epi64(_mm256_hadd_epi32(low[m], high[m]), 0xd8);
+    sum[m] += (ni)_mm256_permute4x64_epi64(_mm256_hadd_epi32(low[m], high[m]), 0xd8);
 }
 
 // At most 8 * 2 * 15 * 127 = 30480: a group's sum fits 16 bits.
@@ -245,7 +245,7 @@ SIXFOLD_INLINE void products_of_nibbles(const uint8_t* w, const Activations* x, 
     }
   }
   for (int m = 0; m < M; ++m)
-    sum[m] = (ni)_mm256_madd_epi16(pairs[m], _mm256_set1_epi16(1));
+    sum[m] += (ni)_mm256_madd_epi16(pairs[m], _mm256_set1_epi16(1));
 }
 #else
 constexpr bool kWide = false;
@@ -299,7 +299,6 @@ SIXFOLD_INLINE ni dot_unsigned(ni sum, ni w, int32_t a) { return dot_signed(sum,
 
 template <int M, int K>
 SIXFOLD_INLINE void products_of_bytes(const uint8_t* w, const Activations* x, int64_t at, ni* sum) {
-  for (int m = 0; m < M; ++m) sum[m] = ni{};
   for (int step = 0; step < K / 4; ++step, w += kStride) {
     const ni four = (ni)*reinterpret_cast<const vi*>(w);
     for (int m = 0; m < M; ++m)
@@ -310,7 +309,6 @@ SIXFOLD_INLINE void products_of_bytes(const uint8_t* w, const Activations* x, in
 template <int M, int K>
 SIXFOLD_INLINE void products_of_nibbles(const uint8_t* w, const Activations* x, int64_t at,
                                         ni* sum) {
-  for (int m = 0; m < M; ++m) sum[m] = ni{};
   for (int step = 0; step < K / 8; ++step, w += kStride) {
     const ni both = (ni)*reinterpret_cast<const vi*>(w);
     const ni low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
