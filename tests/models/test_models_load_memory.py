@@ -156,13 +156,15 @@ def packed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(missing() is not None, reason="no native kernels here")
 def test_packed_matrices_are_kept_without_a_wide_copy(packed_model: Path) -> None:
-    """Only the matrix at hand exists in other forms: its bytes, and those being rearranged."""
+    """Only the matrix at hand exists in other forms: its numbers as bytes, those being rearranged,
+    and what the allocator keeps of both."""
     kept = measure(packed_model, "float32", "stored")
     wide = measure(packed_model, "float32")
     assert kept["weights"] < 0.18 * wide["weights"], (kept, wide)
     assert kept["private"] <= 1.1 * kept["weights"], kept
     largest = 1024 * 4096
-    assert kept["grown"] <= 1.1 * kept["weights"] + 8 * largest, kept
+    assert kept["grown"] <= 1.1 * kept["weights"] + 12 * largest, kept
+    assert kept["grown"] <= 0.35 * wide["weights"], "far from a copy in sixteen bits"
     # Converting costs no second copy either.
     assert wide["grown"] <= 1.25 * wide["weights"], wide
 

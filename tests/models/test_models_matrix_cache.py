@@ -12,6 +12,7 @@ import torch
 from support.kernel_checks import cpu_facts, cpu_registry
 from support.run_model import logits
 from support.tiny_models import TINY, prompt, save
+from support.tiny_packed import gptq, write_packed_model
 
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
 from sixfold.models import matrix_cache
@@ -54,6 +55,16 @@ def test_a_second_start_maps_what_the_first_packed(
     second, cache = start(path, quantize)
     assert cache.found
     monkeypatch.undo()
+    assert torch.equal(logits(second, prompt()), logits(first, prompt()))
+
+
+def test_columns_out_of_order_are_kept_too(tmp_path: Path) -> None:
+    form = gptq("gptq", 4, 32, reordered=True)
+    write_packed_model(tmp_path, TINY["llama"], form)
+    first, cache = start(tmp_path, "stored")
+    assert cache.save() == ""
+    second, cache = start(tmp_path, "stored")
+    assert cache.found
     assert torch.equal(logits(second, prompt()), logits(first, prompt()))
 
 
