@@ -100,6 +100,20 @@ static inline __m256i _mm256_loadu_si256(const __m256i* p) {
   return v;
 }
 
+static inline __m512i _mm512_cvtepu16_epi32(__m256i words) {
+  uint16_t h[16];
+  std::memcpy(h, &words, sizeof h);
+  emulated::I32 r;
+  for (int i = 0; i < 16; ++i) r.lane[i] = h[i];
+  return r.vector();
+}
+
+static inline __m512i _mm512_slli_epi32(__m512i x, unsigned by) {
+  emulated::I32 r(x);
+  for (auto& lane : r.lane) lane = static_cast<int32_t>(static_cast<uint32_t>(lane) << by);
+  return r.vector();
+}
+
 static inline __m512 _mm512_cvtph_ps(__m256i halves) {
   uint16_t h[16];
   std::memcpy(h, &halves, sizeof h);

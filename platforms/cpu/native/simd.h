@@ -70,8 +70,16 @@ SIXFOLD_INLINE nf sums_of(nf* v) {
 }
 // W numbers of a 16-bit format as float.
 SIXFOLD_INLINE nf load_bf16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (nf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+#elif defined(__AVX2__)
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (nf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
+#else
   const vh raw = *reinterpret_cast<const vh*>(p);
   return (nf)(__builtin_convertvector(raw, vu) << 16);
+#endif
 }
 SIXFOLD_INLINE nf load_f16(const uint16_t* p) {
 #if defined(__AVX512F__)
