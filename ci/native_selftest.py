@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "platforms" / "cpu" / "native"
 sys.path.insert(0, str(ROOT))
 
-# Address checks as calls, and without the checks of every pointer that address checks cover: inlined
-# into these unrolled kernels they take minutes to compile.
+# Address checks as calls, and none of every pointer, which address checks cover: inlined into these
+# unrolled kernels they take minutes to compile.
 SANITIZED = (
     "-g1 -O1 -fno-sanitize-recover=all -fno-sanitize=null,object-size,pointer-overflow "
     "--param asan-instrumentation-with-call-threshold=0"
