@@ -39,7 +39,7 @@ $(VENV)/.ready-test: $(VENV)/bin/python pyproject.toml ci/constraints.txt ci/ins
 
 $(VENV)/.ready-dev: $(VENV)/bin/python pyproject.toml ci/constraints.txt ci/install.py
 	$(BIN)/python ci/install.py demo test dev
-	@touch $@
+	@touch $@ $(VENV)/.ready-test $(VENV)/.ready-serve
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
