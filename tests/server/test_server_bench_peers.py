@@ -194,7 +194,8 @@ def test_ctrl_c_ends_every_server(
         ours = [c for c in family.children() if c.name() != "sleep"]
         waiting = [p for c in ours for p in (c, *c.children(recursive=True))]
         assert len(waiting) >= 2  # the server and its engine
-        assert {p.status() for p in waiting} == {psutil.STATUS_STOPPED}
+        stopped = {psutil.STATUS_STOPPED}
+        until(lambda: {p.status() for p in waiting} == stopped, "the first one to stand still")
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(DEADLINE) == 130
     finally:
