@@ -185,6 +185,8 @@ def test_ctrl_c_ends_every_server(
         process = subprocess.Popen(
             [*SIXFOLD, models["babbler"], *arguments, "--out", tmp_path / "it"],
             env=launcher.environment, stdout=subprocess.DEVNULL, stderr=file,
+            # Tests that run in the background inherit an ignored Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
     try:
         until(lambda: "starting vllm" in errors.read_text(), "the second peer's start")

@@ -203,6 +203,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(launchers.sys, "executable", str(folder / "python"))
+    monkeypatch.setattr(launchers.importlib.util, "find_spec", lambda package: None)
     return folder
 
 
