@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ ALIGNMENT = 64
 
 SPARE = 3
 """Nothing is kept unless this many times its size is free."""
+
+STALE_S = 3600.0
 
 _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8,
@@ -147,8 +150,10 @@ class MatrixCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(self.path.parent).free < SPARE * at:
                 return "the disk is almost full"
-            for stale in self.path.parent.glob("*.part"):
-                stale.unlink(missing_ok=True)
+            for part in self.path.parent.glob("*.part"):
+                # A younger one may be another process's, at work on it now.
+                if time.time() - part.stat().st_mtime > STALE_S:
+                    part.unlink(missing_ok=True)
             with tempfile.NamedTemporaryFile(
                 dir=self.path.parent, suffix=".part", delete=False
             ) as file:

@@ -92,9 +92,12 @@ def test_a_damaged_file_is_as_if_absent(tmp_path: Path, damage) -> None:
 
 def test_half_a_file_of_an_earlier_start_is_removed(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
-    (tmp_path / FOLDER / "x.part").write_bytes(b"half")
+    left, written_now = (tmp_path / FOLDER / name for name in ("left.part", "now.part"))
+    left.write_bytes(b"half")
+    os.utime(left, (1, 1))
+    written_now.write_bytes(b"half")
     path = filled(tmp_path)
-    assert list(path.parent.iterdir()) == [path]
+    assert set(path.parent.iterdir()) == {path, written_now}
 
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
