@@ -150,10 +150,10 @@ class MatrixCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(self.path.parent).free < SPARE * at:
                 return "the disk is almost full"
-            for part in self.path.parent.glob("*.part"):
+            for left in self.path.parent.glob("*.part"):
                 # A younger one may be another process's, at work on it now.
-                if time.time() - part.stat().st_mtime > STALE_S:
-                    part.unlink(missing_ok=True)
+                if time.time() - left.stat().st_mtime > STALE_S:
+                    left.unlink(missing_ok=True)
             with tempfile.NamedTemporaryFile(
                 dir=self.path.parent, suffix=".part", delete=False
             ) as file:
