@@ -32,6 +32,12 @@ class CacheNeed:
     kv_heads: int
     head_dim: int
     window: int = 0  # WINDOW: a query at position p sees keys at p-window+1 .. p
+    value_dim: int = 0  # of the values where it is not head_dim
+    state_bytes: int = 0  # RECURRENT: of the layer's state of one sequence
+
+    @property
+    def values_dim(self) -> int:
+        return self.value_dim or self.head_dim
 
 
 @dataclass(frozen=True, slots=True)

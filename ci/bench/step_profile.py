@@ -23,9 +23,9 @@ from sixfold.platforms.cpu.step_recorder import RecordedStep
 from sixfold.platforms.interface import EngineSpec
 from sixfold.platforms.interface_step import StepBatch, Want
 from sixfold.platforms.machine import observe
+from sixfold.platforms.sampling_rows import no_sampling
 from sixfold.platforms.select import platforms
 from sixfold.platforms.torch_runtime.executor import TorchExecutor
-from sixfold.platforms.torch_runtime.sampling_rows import no_sampling
 
 NAMES = ("EMBED RMS_NORM ANGLES ROPE GATE LINEAR QUANTISE KV_WRITE ATTENTION MERGE").split()
 REPEATS = 15

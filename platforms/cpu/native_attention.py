@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...common.ops.attention import flat_slots
+from ..cache_plan import kv_row_bytes
 from ..interface import DeviceFacts
 from ..interface_attention import AttentionSpec
 from ..interface_kv import KVGroup, KVLayout
 from ..interface_step import StepBatch
-from ..torch_runtime.dtypes import KV_DTYPES, kv_row_bytes
+from ..torch_runtime.dtypes import KV_DTYPES
 from ..torch_runtime.pools import TorchKVPool
 from .native_library import PlanStruct, SpecStruct
 from .native_ops import ATTENTION, KV_WRITE, MERGE, Issuer

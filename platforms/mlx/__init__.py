@@ -1,13 +1,65 @@
-"""Apple silicon through MLX. This version judges the machine but has no MLX executor yet."""
+"""Apple silicon through MLX and mlx-lm's own models; no torch.
+
+MLX also has a CPU backend, on which everything but Metal kernels runs on Linux: usable there when
+it is named, never picked.
+"""
 
 from __future__ import annotations
 
-from ...common.errors import PlatformError
 from ..interface import DeviceFacts, EngineSpec, Executor, Machine, Probe, Status, Support
-from ..judgement import Lack, absent, describe, judge, of_vendor
+from ..judgement import (
+    RANK_ACCELERATOR,
+    RANK_BY_NAME,
+    SERVED,
+    Lack,
+    absent,
+    describe,
+    judge,
+    numbers,
+    of_vendor,
+)
 
-NOT_YET = "this version of Sixfold has no MLX executor yet"
-INSTEAD = "pip install 'sixfold[cpu]'  # until then the CPU platform serves on a Mac"
+OLDEST_MLX = (0, 31, 2)
+OLDEST_MLX_LM = (0, 31)
+OLDEST_MACOS = (14, 0)
+UNSEEN = "tested on MLX's CPU backend, not yet seen on an Apple GPU"
+
+
+def device_facts(machine: Machine) -> DeviceFacts:
+    devices = of_vendor(machine, "apple")
+    gpu = bool(devices)
+    return DeviceFacts(
+        kind="mlx",
+        name=devices[0].name if gpu else machine.cpu_name,
+        arch=(),
+        memory_bytes=machine.memory_bytes,
+        unified_memory=True,
+        lane_width=32 if gpu else 1,
+        dtypes=frozenset({"float32", "float16", "bfloat16"} if gpu else {"float32"}),
+        fp8="none",
+        graphs="traced",
+        libraries={n: v for n, v in machine.packages.items() if n in ("mlx", "mlx-lm")},
+        features=frozenset({"metal"} if gpu else ()),
+        cores=machine.physical_cores,
+    )
+
+
+def _lacks(machine: Machine) -> list[Lack]:
+    install = "pip install 'sixfold[mlx]'"
+    lacks = []
+    for package, oldest in (("mlx", OLDEST_MLX), ("mlx-lm", OLDEST_MLX_LM)):
+        version = machine.packages.get(package)
+        if version is None:
+            lacks.append(Lack(f"{package} is not installed", install))
+        elif numbers(version) < oldest:
+            wanted = ".".join(map(str, oldest))
+            upgrade = f"pip install --upgrade {package}"
+            lacks.append(Lack(f"{package} {version} is older than {wanted}", upgrade))
+    if machine.os == "darwin" and numbers(machine.os_version) < OLDEST_MACOS:
+        wanted = ".".join(map(str, OLDEST_MACOS))
+        update = f"update macOS to {OLDEST_MACOS[0]} or newer"
+        lacks.append(Lack(f"macOS {machine.os_version} is older than {wanted}", update))
+    return lacks
 
 
 class MLXPlatform:
@@ -17,14 +69,27 @@ class MLXPlatform:
         devices = of_vendor(machine, "apple")
         found = describe(devices)
         found += [f"{n} {v}" for n, v in machine.packages.items() if n in ("mlx", "mlx-lm")]
-        lacks = [Lack(NOT_YET, INSTEAD)] if devices else absent(machine, "Apple GPU", [])
-        return judge(0, "", found, lacks, ())
+        if devices:
+            reason = f"MLX on {devices[0].name}"
+            return judge(RANK_ACCELERATOR, reason, found, _lacks(machine), [device_facts(machine)])
+        if "mlx" not in machine.packages:
+            return judge(0, "", found, absent(machine, "Apple GPU", []), ())
+        reason = "MLX's CPU backend, for tests: it is used when it is named, never picked"
+        return judge(RANK_BY_NAME, reason, found, _lacks(machine), [device_facts(machine)])
 
     def supports(self, feature: str, facts: DeviceFacts) -> Support:
-        return Support(Status.NO, NOT_YET)
+        if feature not in SERVED:
+            return Support(Status.NO, f"{feature} is not served by this version")
+        if "metal" in facts.features:
+            return Support(Status.UNVERIFIED, UNSEEN)
+        return Support(Status.YES, "tested on MLX's CPU backend")
 
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
-        raise PlatformError(f"The platform 'mlx' cannot serve: {NOT_YET}. {INSTEAD}")
+        import platform
+
+        from .executor import MLXExecutor
+
+        return MLXExecutor(spec, facts, platform.mac_ver()[0])
 
 
 PLATFORM = MLXPlatform()

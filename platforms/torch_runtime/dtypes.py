@@ -12,8 +12,3 @@ DTYPES: dict[str, torch.dtype] = {
 
 KV_DTYPES = {**DTYPES, "int8": torch.int8}
 """What keys and values may be kept in. An int8 row of a head ends with its float32 scale."""
-
-
-def kv_row_bytes(dtype: str, dim: int) -> int:
-    """Bytes of the keys, or the values, of one head of one token."""
-    return dim * KV_DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0)

@@ -13,11 +13,11 @@ from ...common.ops.registry import KernelRegistry
 from ...models.base import Model
 from ...models.quantization import FLOATS, has_quantised
 from ...models.quantization import weight_bytes as bytes_of_weights
+from ..cache_plan import CachePlan, CachePlanner, GroupNeed, gib, group_needs
 from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Status, Support
 from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable, Problem
 from ..interface_step import StepBatch, StepResult
-from .cache_plan import CachePlan, CachePlanner, GroupNeed, gib, group_needs
 from .device import TorchDevice
 from .dtypes import DTYPES
 from .kernels import register_generic

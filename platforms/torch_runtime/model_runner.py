@@ -18,9 +18,9 @@ from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable
 from ..interface_kv import KVGroup
 from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, Want
+from ..sampling_rows import no_sampling, select_rows
 from .device import Step, TorchDevice
 from .pools import TorchKVPool
-from .sampling_rows import no_sampling, select_rows
 
 I64 = NDArray[np.int64]
 

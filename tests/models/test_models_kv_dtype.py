@@ -17,8 +17,8 @@ from sixfold.platforms.cpu.kernels import register
 from sixfold.platforms.cpu.native_library import missing
 from sixfold.platforms.interface import EngineSpec, ExecutorInfo
 from sixfold.platforms.interface_step import StepBatch, Want
+from sixfold.platforms.sampling_rows import no_sampling
 from sixfold.platforms.torch_runtime.executor import TorchExecutor
-from sixfold.platforms.torch_runtime.sampling_rows import no_sampling
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason="no native kernels here")
 TOKENS = 40

@@ -12,8 +12,8 @@ import torch
 from sixfold.common.ops.sample import sample as reference
 from sixfold.common.ops.sample import unpack_mask as unpack_reference
 from sixfold.common.ops.sample_cases import pack_mask, random_row, sampling_arrays
+from sixfold.platforms.sampling_rows import select_rows
 from sixfold.platforms.torch_runtime.sampler import sample, unpack_mask
-from sixfold.platforms.torch_runtime.sampling_rows import select_rows
 
 KERNELS = {
     "generic": sample,

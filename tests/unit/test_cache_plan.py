@@ -1,4 +1,4 @@
-"""Guards how the torch runtime sizes the cache: groups from needs, pages from a budget, windows
+"""Guards how executors size the cache: groups from needs, pages from a budget, windows
 bounded, every limit honoured or refused with numbers."""
 
 from __future__ import annotations
@@ -7,9 +7,9 @@ import pytest
 
 from sixfold.common.decisions import DecisionLog
 from sixfold.common.errors import CheckpointError, OutOfMemory
+from sixfold.platforms.cache_plan import CachePlan, CachePlanner, group_needs
 from sixfold.platforms.interface import EngineSpec
 from sixfold.platforms.interface_kv import CacheNeed, KVKind
-from sixfold.platforms.torch_runtime.cache_plan import CachePlan, CachePlanner, group_needs
 
 FULL = CacheNeed(KVKind.FULL, 2, 64)
 WINDOW = CacheNeed(KVKind.WINDOW, 2, 64, window=512)

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...common.decisions import DecisionLog
-from ...common.errors import CheckpointError, ConfigError, OutOfMemory
-from ..interface import EngineSpec
-from ..interface_kv import CacheNeed, KVGroup, KVKind
-from .dtypes import kv_row_bytes
+from ..common.decisions import DecisionLog
+from ..common.errors import CheckpointError, ConfigError, OutOfMemory
+from .interface import EngineSpec
+from .interface_kv import CacheNeed, KVGroup, KVKind
 
 DEFAULT_PAGE_SIZE = 16
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+ATTENTION = frozenset({KVKind.FULL, KVKind.WINDOW})
+
+
+def kv_row_bytes(dtype: str, dim: int) -> int:
+    """Bytes of the keys, or the values, of one head of one token. An int8 row ends with its float32
+    scale."""
+    return dim * ITEM_BYTES[dtype] + (4 if dtype == "int8" else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +30,9 @@ class GroupNeed:
     layers: tuple[int, ...]
 
     def bytes_per_token(self, kv_dtype: str) -> int:
-        row = kv_row_bytes(kv_dtype, self.need.head_dim)
-        return 2 * self.need.kv_heads * row * len(self.layers)
+        need = self.need
+        rows = kv_row_bytes(kv_dtype, need.head_dim) + kv_row_bytes(kv_dtype, need.values_dim)
+        return need.kv_heads * rows * len(self.layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +45,18 @@ class CachePlan:
         return sum(group.bytes_per_page * group.pages for group in self.groups)
 
 
-def group_needs(needs: Sequence[CacheNeed]) -> tuple[GroupNeed, ...]:
-    """Groups in order of their first layer. Raises CheckpointError for a kind without support."""
+def group_needs(
+    needs: Sequence[CacheNeed], kinds: frozenset[KVKind] = ATTENTION
+) -> tuple[GroupNeed, ...]:
+    """Groups in order of their first layer. `kinds`: what the runtime has. Raises CheckpointError
+    for another."""
     layers: dict[CacheNeed, list[int]] = {}
     for layer, need in enumerate(needs):
-        if need.kind not in (KVKind.FULL, KVKind.WINDOW):
+        if need.kind not in kinds:
+            served = " and ".join(sorted(kind.value for kind in kinds))
             raise CheckpointError(
                 f"Layer {layer} needs a cache of kind {need.kind.value!r}; this runtime has "
-                "full and window."
+                f"{served}."
             )
         layers.setdefault(need, []).append(layer)
     names = _names(list(layers))
@@ -58,11 +70,16 @@ def _names(needs: Sequence[CacheNeed]) -> list[str]:
     """ "full", "window"; with sizes where two groups are of one kind."""
     kinds = [need.kind for need in needs]
     return [
-        need.kind.value
-        if kinds.count(need.kind) == 1
-        else f"{need.kind.value}-{need.window}-{need.kv_heads}x{need.head_dim}"
+        need.kind.value if kinds.count(need.kind) == 1 else f"{need.kind.value}-{_size(need)}"
         for need in needs
     ]
+
+
+def _size(need: CacheNeed) -> str:
+    if need.kind is KVKind.RECURRENT:
+        return str(need.state_bytes)
+    values = f"+{need.value_dim}" if need.value_dim else ""
+    return f"{need.window}-{need.kv_heads}x{need.head_dim}{values}"
 
 
 class CachePlanner:
@@ -154,6 +171,9 @@ class CachePlanner:
 
     def _group(self, need: GroupNeed, pages: int) -> KVGroup:
         size = self._page_size
+        if need.need.kind is KVKind.RECURRENT:
+            cost = need.need.state_bytes * len(need.layers)
+            return KVGroup(need.name, KVKind.RECURRENT, size, self._slots(cost) + 1, 0, cost)
         cost = need.bytes_per_token(self._kv_dtype) * size
         if need.need.kind is KVKind.FULL:
             return KVGroup(need.name, KVKind.FULL, size, pages, 0, cost)
@@ -161,6 +181,18 @@ class CachePlanner:
         held = self._spec.max_rows * (-(-need.need.window // size) + 2)
         most = 2 * held + -(-self._spec.max_step_tokens // size) + 1
         return KVGroup(need.name, KVKind.WINDOW, size, min(pages, most), need.need.window, cost)
+
+    def _slots(self, cost: int) -> int:
+        """Slots of `cost` bytes: one for each row, and two snapshots for each where they take at
+        most a quarter of the budget."""
+        rows = self._spec.max_rows
+        if rows * cost > self._budget:
+            raise OutOfMemory(
+                f"The states of {rows} rows need {gib(rows * cost)}, there is room for "
+                f"{gib(max(0, self._budget))} ({self._budget_reason}). Lower max_rows to at most "
+                f"{max(0, self._budget) // cost}."
+            )
+        return rows + min(2 * rows, self._budget // 4 // cost)
 
     def _require(self, needed: int, what: str) -> None:
         if needed > self._budget:

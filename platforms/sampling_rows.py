@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..interface_step import SamplingArrays
+from .interface_step import SamplingArrays
 
 PER_ROW = (
     "temperature",

@@ -1,0 +1,230 @@
+"""The Executor of Apple silicon: one thread that loads an mlx-lm model and runs its steps.
+
+MLX's streams belong to the thread that made them: an array that is still lazy cannot be evaluated
+from another. So loading, building steps and reading results all happen on one worker thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import mlx.core as mx
+
+from ...common.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ...common.decisions import DecisionLog
+from ...common.errors import ConfigError, OutOfMemory
+from ...common.ops.registry import KernelRegistry
+from ..cache_plan import CachePlan, CachePlanner, GroupNeed, gib, group_needs
+from ..interface import (
+    DeviceFacts,
+    EngineSpec,
+    ExecutorInfo,
+    LoadProgress,
+    Status,
+    Support,
+)
+from ..interface_kernels import KernelTable, Problem
+from ..interface_kv import KVKind
+from ..interface_step import StepBatch, StepResult
+from ..judgement import SERVED
+from .caches import Cache, PagedCache, StateCache
+from .kernels import register
+from .loading import DTYPES, compute_dtype, load_model, weight_bytes
+from .memory import on_metal, set_limits, working_set
+from .pools import LayerPages, LayerStates, MLXPages
+from .recognise import Recognised, recognise_model
+from .runner import CacheGroup, MLXRunner, Started
+
+OPS = ("sample", "logprobs")
+KINDS = frozenset({KVKind.FULL, KVKind.WINDOW, KVKind.RECURRENT})
+CACHE_SHARE = 4
+T = TypeVar("T")
+
+
+class MLXExecutor:
+    """`submit` returns at once, `collect` waits; steps run in order. A step may be submitted while
+    the one before runs. An exception in a step surfaces at its `collect`."""
+
+    def __init__(self, spec: EngineSpec, facts: DeviceFacts, os_version: str = "") -> None:
+        self._spec = spec
+        self._facts = facts
+        self._os_version = os_version
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="sixfold-device")
+        self._pending: deque[Future[Started]] = deque()
+        self._runner: MLXRunner | None = None
+        self._failure: BaseException | None = None
+        self._closed = False
+        self.pools: dict[str, MLXPages] = {}
+
+    def load(self, progress: LoadProgress | None = None) -> ExecutorInfo:
+        """Raises CheckpointError, KernelError, ConfigError, or OutOfMemory with numbers."""
+        return self._on_worker(lambda: self._load(progress))
+
+    def submit(self, batch: StepBatch) -> None:
+        if self._runner is None:
+            raise RuntimeError("submit needs an executor that is loaded and not closed")
+        self._pending.append(self._worker.submit(self._runner.start, batch))
+
+    def collect(self) -> StepResult:
+        if not self._pending or self._runner is None:
+            raise RuntimeError("no step is pending")
+        runner, started = self._runner, self._pending.popleft()
+        try:
+            return self._on_worker(lambda: runner.finish(started.result()))
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def health(self) -> Support:
+        if self._closed:
+            return Support(Status.NO, "the executor is closed")
+        if self._failure is not None:
+            return Support(Status.NO, f"a step failed: {self._failure!r}")
+        if self._runner is None:
+            return Support(Status.NO, "no model is loaded")
+        return Support(Status.YES, "steps run")
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._worker.submit(self._release)
+        self._worker.shutdown(wait=True)
+        self._pending.clear()
+
+    def _release(self) -> None:
+        """On the worker: what is in flight must end where it began."""
+        mx.synchronize()
+        self._runner = None
+        self.pools.clear()
+        mx.clear_cache()
+
+    def _on_worker(self, work: Callable[[], T]) -> T:
+        return self._worker.submit(work).result()
+
+    def _load(self, progress: LoadProgress | None) -> ExecutorInfo:
+        spec = self._spec
+        log = DecisionLog()
+        self._device(log)
+        checkpoint = open_checkpoint(spec.model_path)
+        model, _ = load_model(checkpoint, spec, log)
+        weights = weight_bytes(model)
+        self._check_weights(weights)
+        if progress is not None:
+            progress(0, weights)
+        mx.eval(model.parameters())
+        if progress is not None:
+            progress(weights, weights)
+        dtype = compute_dtype(model)
+        found = recognise_model(model, DTYPES[dtype])
+        log.extend(found.decisions)
+        ops = self._kernels(dtype)
+        log.extend(ops.decisions)
+        kv_dtype = self._kv_dtype(found, log)
+        needs = group_needs([layer.need for layer in found.layers], KINDS)
+        budget = self._budget(weights)
+        plan = CachePlanner(spec, needs, kv_dtype, checkpoint.context_length, budget, log).plan()
+        groups, caches = self._reserve(found, plan, needs, kv_dtype)
+        log.extend(set_limits(weights, plan.bytes, self._os_version))
+        self._runner = MLXRunner(
+            found.model, groups, caches, ops, spec.max_rows, checkpoint.vocab_size
+        )
+        return self._info(checkpoint, plan, dtype, weights, log)
+
+    def _device(self, log: DecisionLog) -> None:
+        if on_metal():
+            if self._spec.threads is not None:
+                raise ConfigError("threads has no meaning on Metal; leave it out.")
+            log.add("MLX device", "Metal", "the GPU of this machine")
+            log.add("fused functions", "compiled", "by MLX, once for each shape")
+            return
+        log.add("MLX device", "CPU", "MLX has no Metal here")
+        mx.disable_compile()
+        log.add("fused functions", "not compiled", "on a CPU MLX would run g++ for each of them")
+
+    def _check_weights(self, weights: int) -> None:
+        total, because = working_set()
+        if weights > total:
+            raise OutOfMemory(
+                f"The weights need {gib(weights)}; there is room for {gib(total)} ({because}). Use "
+                "a quantised checkpoint, --quantize int4, or a smaller model."
+            )
+
+    def _budget(self, weights: int) -> tuple[int, str]:
+        """Bytes for the cache, and why so many."""
+        total, because = working_set()
+        fraction = self._spec.memory_fraction
+        if fraction is not None:
+            reason = f"memory_fraction {fraction} of {because}, less the weights"
+            return int(total * fraction) - weights, reason
+        if on_metal():
+            return (total - weights) // 2, f"half of what the weights leave of {because}"
+        return (total - weights) // CACHE_SHARE, f"a quarter of what the weights leave of {because}"
+
+    def _kernels(self, dtype: str) -> KernelTable:
+        registry = KernelRegistry()
+        register(registry)
+        problems = [Problem(op, dtype) for op in OPS]
+        return registry.resolve(problems, self._facts, self._spec.kernels, self._spec.strict)
+
+    def _kv_dtype(self, found: Recognised, log: DecisionLog) -> str:
+        wanted = self._spec.kv_dtype
+        if wanted == "int8":
+            raise ConfigError(
+                "kv_dtype int8 is not served on this platform; use float32, float16 or bfloat16."
+            )
+        if wanted is not None:
+            log.add("keys and values", wanted, "set by the user")
+            return wanted
+        log.add("keys and values", found.kv_dtype, "the dtype in which the model makes them")
+        return found.kv_dtype
+
+    def _reserve(
+        self, found: Recognised, plan: CachePlan, needs: tuple[GroupNeed, ...], kv_dtype: str
+    ) -> tuple[list[CacheGroup], list[Cache]]:
+        by_layer: dict[int, Cache] = {}
+        groups = []
+        for group, need in zip(plan.groups, needs, strict=True):
+            pools: list[LayerPages | LayerStates] = []
+            pages: list[LayerPages] = []
+            for index in need.layers:
+                layer = found.layers[index]
+                if group.kind is KVKind.RECURRENT:
+                    states = LayerStates(group, layer.shapes, layer.dtypes)
+                    pools.append(states)
+                    by_layer[index] = StateCache(states)
+                    continue
+                sizes = layer.need.kv_heads, layer.need.head_dim, layer.need.values_dim
+                pages.append(LayerPages(group, *sizes, DTYPES[kv_dtype]))
+                by_layer[index] = PagedCache(pages[-1], group.window)
+            if pages:
+                self.pools[group.name] = MLXPages(group, pages, kv_dtype)
+            members = tuple(by_layer[index] for index in need.layers)
+            groups.append(CacheGroup(group, (*pools, *pages), members))
+        mx.eval([array for g in groups for pool in g.pools for array in pool.arrays])
+        return groups, [by_layer[index] for index in range(len(found.layers))]
+
+    def _info(
+        self, checkpoint: Checkpoint, plan: CachePlan, dtype: str, weights: int, log: DecisionLog
+    ) -> ExecutorInfo:
+        status = Status.YES if not on_metal() else Status.UNVERIFIED
+        reason = "tested on MLX's CPU backend"
+        return ExecutorInfo(
+            groups=plan.groups,
+            vocab_size=checkpoint.vocab_size,
+            max_context=plan.max_context,
+            page_size=plan.groups[0].page_size,
+            max_rows=self._spec.max_rows,
+            max_step_tokens=self._spec.max_step_tokens,
+            overlap=True,
+            mixed_steps=True,
+            dtype=dtype,
+            weight_bytes=weights,
+            cache_bytes=plan.bytes,
+            device=self._facts,
+            features=dict.fromkeys(sorted(SERVED), Support(status, reason)),
+            decisions=tuple(log),
+        )

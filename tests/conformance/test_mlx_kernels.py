@@ -1,0 +1,113 @@
+"""Guards law 8 on MLX: every kernel that the platform registers passes all cases of its op, and the
+pools keep what they were given: pages, states, copies, the canonical form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.run_mlx import mlx_facts
+
+from sixfold.common.ops import OPS
+from sixfold.common.ops.registry import KernelRegistry
+from sixfold.platforms.interface_kernels import Case, Kernel, Problem
+from sixfold.platforms.interface_kv import KVGroup, KVKind
+from sixfold.platforms.mlx.kernels import register
+from sixfold.platforms.mlx.pools import LayerPages, LayerStates, MLXPages
+
+
+def kernels() -> list[Kernel]:
+    registry = KernelRegistry()
+    register(registry)
+    return registry.kernels()
+
+
+RUNNABLE = [k for k in kernels() if k.requires(mlx_facts(), Problem(k.op, "float32")) is None]
+
+
+def to_mlx(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    narrow = {np.dtype(np.int64): np.int32}
+    return mx.array(value.astype(narrow.get(value.dtype, value.dtype)))
+
+
+def run(kernel: Kernel, case: Case) -> list[np.ndarray]:
+    found = kernel.fn(**{name: to_mlx(value) for name, value in case.args.items()})
+    return [np.array(part) for part in (found if isinstance(found, tuple) else (found,))]
+
+
+@pytest.mark.parametrize("kernel", RUNNABLE, ids=lambda k: f"{k.op}-{k.provider}")
+def test_kernel_equals_its_reference(kernel: Kernel) -> None:
+    op, ran = OPS[kernel.op], 0
+    for case in op.cases(np.random.default_rng(0)):
+        expected = op.reference(**case.args)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        tolerance = op.tolerance["float32"]
+        for actual, wanted in zip(run(kernel, case), expected, strict=True):
+            np.testing.assert_allclose(
+                actual, wanted, atol=tolerance.atol, rtol=tolerance.rtol, err_msg=case.name
+            )
+        ran += 1
+    assert ran > 0
+
+
+def test_a_kernel_that_cannot_run_here_says_why() -> None:
+    for kernel in kernels():
+        reason = kernel.requires(mlx_facts(), Problem(kernel.op, "float32"))
+        assert reason is None or len(reason) > 10
+
+
+GROUP = KVGroup("full", KVKind.FULL, 4, 9)
+
+
+def filled(heads: int = 2, dim: int = 8, layers: int = 2) -> tuple[MLXPages, list[LayerPages]]:
+    made = [LayerPages(GROUP, heads, dim, dim, mx.float32) for _ in range(layers)]
+    rng = np.random.default_rng(1)
+    for layer in made:
+        for i, array in enumerate(layer.arrays):
+            layer.arrays[i] = mx.array(rng.standard_normal(array.shape).astype(np.float32))
+    return MLXPages(GROUP, made, "float32"), made
+
+
+def test_pages_travel_in_the_canonical_form() -> None:
+    pool, layers = filled()
+    data = pool.export_page(3)
+    values = np.frombuffer(data, "<f4").reshape(2, 2, 4, 2, 8)  # layer, kv, token, head, dim
+    key = np.array(layers[1].arrays[0]).reshape(2, 9, 4, 8)  # head, page, token, dim
+    np.testing.assert_array_equal(values[1, 0], key[:, 3].swapaxes(0, 1))
+    before = [np.array(a) for layer in layers for a in layer.arrays]
+    pool.import_page(5, data)
+    assert pool.export_page(5) == data
+    assert pool.export_page(3) == data
+    after = [np.array(a).reshape(2, 9, 4, 8) for layer in layers for a in layer.arrays]
+    for old, new in zip(before, after, strict=True):
+        others = [page for page in range(9) if page != 5]
+        np.testing.assert_array_equal(old.reshape(2, 9, 4, 8)[:, others], new[:, others])
+    with pytest.raises(ValueError, match="has 1024 bytes, got 1023"):
+        pool.import_page(1, data[:-1])
+
+
+def test_copies_of_pages_and_states() -> None:
+    pool, _ = filled()
+    second = pool.export_page(2)
+    pool.copy([2, 4], [7, 1])
+    assert pool.export_page(7) == second
+    states = LayerStates(KVGroup("r", KVKind.RECURRENT, 4, 5), [(3, 2)], [mx.float32])
+    states.arrays[0][2] = mx.full((3, 2), 7.0)
+    states.copy([2], [4])
+    states.arrays[0][2] = mx.zeros((3, 2))
+    np.testing.assert_array_equal(np.array(states.arrays[0])[4], np.full((3, 2), 7.0))
+
+
+def test_a_write_by_slot_is_read_back_by_page() -> None:
+    pool, layers = filled(layers=1)
+    new = np.arange(2 * 2 * 8, dtype=np.float32).reshape(2, 2, 8)  # token, head, dim
+    pool.write(0, mx.array([4 * 4 + 1, 8 * 4 + 3]), mx.array(new), mx.array(-new))
+    keys, values = (np.array(half) for half in pool.page_view(0, 4))
+    np.testing.assert_array_equal(keys[:, 1], new[0])
+    np.testing.assert_array_equal(values[:, 1], -new[0])
+    np.testing.assert_array_equal(np.array(pool.page_view(0, 8)[0])[:, 3], new[1])
+    assert layers[0].arrays[0].shape == (2 * 9 * 4, 8)

@@ -1,0 +1,49 @@
+"""Contract: over the engine's pages and slots, unmodified mlx-lm models give mlx-lm's own greedy
+tokens: alone, among others of other lengths, in chunks, and after a cached prefix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.run_mlx import GREEDY, complete, running
+from support.tiny_mlx import CONFIGS, VOCAB, own_greedy, write
+
+LENGTHS = (1, 3, 9, 21, 34)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mlx")
+
+
+def model(folder: Path, name: str) -> Path:
+    path = folder / name
+    return path if path.exists() else write(path, name)
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(11)
+    return [rng.integers(0, VOCAB, length).tolist() for length in LENGTHS]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_are_mlx_lms_alone_and_batched(folder: Path, name: str) -> None:
+    path, asked = model(folder, name), prompts()
+    expected = own_greedy(path, asked, GREEDY.max_tokens or 0)
+    assert len({tuple(t) for t in expected}) > 1, "the model does not look at its prompt"
+    with running(path, max_step_tokens=16) as (engine, _):
+        assert complete(engine, asked) == expected
+    with running(path, page_size=16) as (engine, _):
+        assert [complete(engine, [prompt])[0] for prompt in asked] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_5", "granitemoehybrid"])
+@pytest.mark.parametrize("page_size", [1, 16, 128])
+def test_page_sizes_and_repeats(folder: Path, name: str, page_size: int) -> None:
+    path, asked = model(folder, name), prompts()
+    expected = own_greedy(path, asked, GREEDY.max_tokens or 0)
+    with running(path, page_size=page_size) as (engine, _):
+        assert complete(engine, asked) == expected
+        assert complete(engine, asked[::-1]) == expected[::-1]
