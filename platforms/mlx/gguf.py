@@ -1,7 +1,7 @@
 """GGUF files on MLX: the shared loader's tensors in an mlx-lm model.
 
-Types with one 16-bit scale for 32 numbers have MLX's own affine form exactly: w = scale * q + bias.
-Others (the K types, whose scales are products) are converted to float16.
+Types with one 16-bit scale for 32 numbers have MLX's affine form exactly: w = scale * q + bias.
+Others (the K types, whose scales are products) are converted to floats.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ...common.checkpoint.checkpoint import Checkpoint
 from ...common.checkpoint.gguf_weights import GGUFWeights
 from ...common.checkpoint.quantised_rows import QuantisedRows
 from ...common.errors import CheckpointError
+from .model_config import for_mlx_lm
 
 GROUP = 32
 OFFSETS = {"q8_0": 128, "q5_0": 16, "q5_1": 0, "q4_0": 0, "q4_1": 0}
@@ -23,11 +24,14 @@ OFFSETS = {"q8_0": 128, "q5_0": 16, "q5_1": 0, "q4_0": 0, "q4_1": 0}
 ROWS_AT_ONCE = 4096
 
 
-def load_gguf(checkpoint: Checkpoint, keep_blocks: bool) -> tuple[Any, dict[str, Any]]:
-    """An mlx-lm model with the file's weights. `keep_blocks`: matrices stay quantised."""
+def load_gguf(
+    checkpoint: Checkpoint, keep_blocks: bool, dtype: mx.Dtype
+) -> tuple[Any, dict[str, Any]]:
+    """An mlx-lm model with the file's weights. `keep_blocks`: matrices stay quantised; what is
+    converted becomes `dtype`."""
     from mlx_lm.utils import _get_classes
 
-    config = dict(checkpoint.config)
+    config = {**checkpoint.config, **for_mlx_lm(checkpoint.config)}
     try:
         model_class, arguments = _get_classes(config)
         model = model_class(arguments.from_dict(config))
@@ -45,7 +49,7 @@ def load_gguf(checkpoint: Checkpoint, keep_blocks: bool) -> tuple[Any, dict[str,
             bits[name.removesuffix(".weight")] = rows.bits
             weights.update(_packed(name, rows, OFFSETS[schemes[name]]))
         else:
-            weights[name] = _floats(source, name)
+            weights[name] = _floats(source, name, dtype)
     if hasattr(model, "sanitize"):
         weights = model.sanitize(weights)
     if bits:
@@ -63,7 +67,7 @@ def load_gguf(checkpoint: Checkpoint, keep_blocks: bool) -> tuple[Any, dict[str,
     return model, config
 
 
-def _floats(source: GGUFWeights, name: str) -> mx.array:
+def _floats(source: GGUFWeights, name: str, dtype: mx.Dtype) -> mx.array:
     shape = source.shape(name)
     if len(shape) == 1:
         values = source.read_rows(name, 0, 1)[0]
@@ -72,7 +76,7 @@ def _floats(source: GGUFWeights, name: str) -> mx.array:
     parts = []
     for start in range(0, shape[0], step):
         rows = source.read_rows(name, start, min(start + step, shape[0]))
-        parts.append(mx.array(rows).astype(mx.float16))
+        parts.append(mx.array(rows).astype(dtype))
         mx.eval(parts[-1])
     return mx.concatenate(parts)
 

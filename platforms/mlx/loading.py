@@ -15,6 +15,7 @@ from ...common.errors import CheckpointError, ConfigError
 from ..interface import EngineSpec
 from .gguf import load_gguf
 from .memory import on_metal
+from .model_config import for_mlx_lm
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 BITS = {"int8": 8, "int4": 4}
@@ -28,7 +29,8 @@ def load_model(
     """The model, its weights not yet read, and its configuration. Raises CheckpointError."""
     if checkpoint.format == "gguf":
         keeps = spec.quantize is None and on_metal()
-        model, config = load_gguf(checkpoint, keep_blocks=keeps)
+        dtype = DTYPES[spec.dtype or ("float16" if on_metal() else "float32")]
+        model, config = load_gguf(checkpoint, keeps, dtype)
     else:
         model, config = _from_directory(checkpoint)
     _weights(model, config, spec, log, checkpoint)
@@ -37,10 +39,12 @@ def load_model(
 
 
 def _from_directory(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    from mlx_lm.utils import load_config
     from mlx_lm.utils import load_model as load
 
     try:
-        return load(checkpoint.path, lazy=True)
+        stored = load_config(checkpoint.path)
+        return load(checkpoint.path, lazy=True, model_config=for_mlx_lm(stored))
     except (ValueError, KeyError, TypeError, OSError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: mlx-lm cannot load this model "
