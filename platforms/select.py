@@ -29,6 +29,7 @@ INSTALLED_BY = {
     "rocm": ("hip", ()),
     "npu": ("cpu", ("torch_npu",)),
     "xpu": ("xpu", ()),
+    "mlx": ("", ("mlx", "mlx-lm")),
     "cpu": ("cpu", ()),
 }
 

@@ -44,6 +44,15 @@ def device_facts(machine: Machine) -> DeviceFacts:
     )
 
 
+def what_fits(memory: int) -> str:
+    """What the GPU's recommended working set leaves room for, before anything is initialised: about
+    two thirds of the memory, three quarters above 36 GiB."""
+    room = memory * (3 / 4 if memory > 36 << 30 else 2 / 3)
+    models = 0.8 * room / 1e9  # the rest is for the cache
+    sizes = f"{models / 0.57:.0f} billion parameters in 4 bits, {models / 2:.0f} in 16"
+    return f"about {room / 2**30:.1f} GiB for weights and cache: models of up to {sizes}"
+
+
 def _lacks(machine: Machine) -> list[Lack]:
     install = "pip install 'sixfold[mlx]'"
     lacks = []
@@ -70,6 +79,7 @@ class MLXPlatform:
         found = describe(devices)
         found += [f"{n} {v}" for n, v in machine.packages.items() if n in ("mlx", "mlx-lm")]
         if devices:
+            found.append(what_fits(machine.memory_bytes))
             reason = f"MLX on {devices[0].name}"
             return judge(RANK_ACCELERATOR, reason, found, _lacks(machine), [device_facts(machine)])
         if "mlx" not in machine.packages:

@@ -151,9 +151,10 @@ def test_support_of_cpu_and_mlx() -> None:
     platforms = select.platforms()
     assert platforms["cpu"].supports("seed", DEVICE).status is Status.YES
     assert platforms["cpu"].supports("telepathy", DEVICE).status is Status.NO
-    assert platforms["mlx"].supports("seed", DEVICE).status is Status.NO
-    with pytest.raises(PlatformError, match="no MLX executor yet"):
-        platforms["mlx"].executor(EngineSpec("model"), DEVICE)
+    assert platforms["mlx"].supports("telepathy", DEVICE).status is Status.NO
+    assert platforms["mlx"].supports("seed", DEVICE).status is Status.YES
+    metal = replace(DEVICE, features=frozenset({"metal"}))
+    assert platforms["mlx"].supports("seed", metal).status is Status.UNVERIFIED
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_an_executor_is_built_without_its_hardware(
         ("ascend_version_skew", "npu"),
         ("intel_arc_b580", "xpu"),
         ("intel_core_ultra", "cpu"),
-        ("apple_m4", "cpu"),
+        ("apple_m4", "mlx"),
         ("graviton3", "cpu"),
     ],
 )
