@@ -279,7 +279,7 @@ int main(int count, char** names) {
     for (int threads : {1, 3}) {
       void* team = sixfold_team(threads, names[i]);
       for (int format = kF32; format <= kQ8Half; ++format)
-        for (int rows : {1, 2, 5, 13})
+        for (int rows : {1, 2, 5, 13, 31})
           for (int n : {1, 16, 37})
             for (int k : {1, 31, 64, 97}) {
               check_linear(team, format, rows, n, k, false);

@@ -40,9 +40,13 @@ SIXFOLD_INLINE nf load_weight(const void* base, int64_t at) {
   else return load_f16(static_cast<const uint16_t*>(base) + at);
 }
 
-SIXFOLD_INLINE void put(float* out, nf value, int count) {
-  if (count >= W) return store(out, value);
-  for (int i = 0; i < count; ++i) out[i] = value[i];
+// W outputs of a row from output `at` on, fewer at the matrix's end.
+SIXFOLD_INLINE void put_with_bias(const Weight& w, int at, nf value, float* row) {
+  const int left = w.n - at, count = left < W ? left : W;
+  if (w.bias)
+    for (int i = 0; i < count; ++i) value[i] += w.bias[at + i];
+  if (count >= W) return store(row + at, value);
+  for (int i = 0; i < count; ++i) row[at + i] = value[i];
 }
 
 template <int F, int M>
@@ -61,13 +65,7 @@ static void float_tile(const Weight& w, int panel, const float* x, int64_t ldx, 
   for (int p = 0; p < kParts; ++p) {
     const int at = panel * kPanel + p * W;
     if (at >= w.n) return;
-    const int count = w.n - at;
-    for (int m = 0; m < M; ++m) {
-      nf value = sum[m][p];
-      if (w.bias)
-        for (int i = 0; i < (count < W ? count : W); ++i) value[i] += w.bias[at + i];
-      put(out + m * ldo + at, value, count);
-    }
+    for (int m = 0; m < M; ++m) put_with_bias(w, at, sum[m][p], out + m * ldo);
   }
 }
 
@@ -105,19 +103,11 @@ static void quantised_tile(const Weight& w, int panel, const int8_t* x, float* o
         }
       }
     }
-    for (int p = 0; p < P; ++p) {
-      const int from = at + p * W, count = w.n - from;
-      for (int m = 0; m < M && count > 0; ++m) {
-        nf value = sum[m][p];
-        if (w.bias)
-          for (int i = 0; i < (count < W ? count : W); ++i) value[i] += w.bias[from + i];
-        put(out + m * ldo + from, value, count);
-      }
-    }
+    for (int p = 0; p < P; ++p)
+      for (int m = 0; m < M; ++m) put_with_bias(w, at + p * W, sum[m][p], out + m * ldo);
   }
 }
 
-constexpr int kTileRows = W == 16 ? 8 : W == 8 && kPartsAtOnce == 1 ? 6 : 4;
 constexpr int kFloatRows = W == 16 ? 12 : (W == 8 ? 6 : 4);
 
 template <int F, int M>
@@ -133,12 +123,25 @@ SIXFOLD_INLINE void tile(const Weight& w, int panel, const Instruction& c, int64
   }
 }
 
+#if defined(__AMX_INT8__)
+#include "linear_amx.inl"
+#else
+template <int F>
+SIXFOLD_INLINE int64_t amx_rows(const Weight&, const Instruction&, int, int, int64_t, int64_t) {
+  return 0;
+}
+#endif
+
 template <int F>
 static void linear_block(const Weight& w, const Instruction& c, int panel_first, int panel_last,
                          int64_t row_first, int64_t row_last) {
   constexpr int kRows = F >= kQ8 ? kTileRows : kFloatRows;
   for (int64_t row = row_first; row < row_last;) {
     const int64_t left = row_last - row;
+    if (const int64_t done = amx_rows<F>(w, c, panel_first, panel_last, row, left)) {
+      row += done;
+      continue;
+    }
     // A tile of one or two rows is slow: 7 and 8 rows are cut 4 + 3 and 4 + 4, not 6 + 1 and 6 + 2.
     const bool uneven = kRows == 6 && (left == 7 || left == 8);
     const int64_t size = left >= kRows && !uneven ? kRows : left >= 4 ? 4 : left;
