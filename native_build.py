@@ -4,6 +4,7 @@ and by ci/native_selftest.py; the levels' names are those of platforms/cpu/nativ
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 
 COMMON_FLAGS = "-std=c++20 -O3 -fPIC -ffp-contract=fast -fno-math-errno -Wno-psabi -pthread".split()
 _AVX2 = "-mavx2 -mfma -mf16c".split()
@@ -14,8 +15,16 @@ _X86 = {
     "avxvnni": [*_AVX2, "-mavxvnni"],
     "avx512": _AVX512,
     "avx512vnni": [*_AVX512, "-mavx512vnni"],
+    "amxint8": [*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
-_ARM64 = {"portable": [], "neon": [], "neondot": ["-march=armv8.2-a+dotprod"]}
+_ARM64 = {
+    "portable": [],
+    "neon": [],
+    "neondot": ["-march=armv8.2-a+dotprod"],
+    "neoni8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+}
+LEVEL_FREE = ("team", "amx_permission", "api")
+"""Sources that are compiled once, for any CPU."""
 
 
 def machine() -> str:
@@ -29,8 +38,6 @@ def levels_for(name: str) -> dict[str, list[str]]:
     return _ARM64 if name in ("aarch64", "arm64") else {"portable": []}
 
 
-def defines_for(name: str) -> list[tuple[str, str]]:
-    levels = levels_for(name)
-    if "avx2" in levels:
-        return [("SIXFOLD_X86", "1")]
-    return [("SIXFOLD_ARM64", "1")] if "neon" in levels else []
+def defines_for(levels: Iterable[str]) -> list[tuple[str, str]]:
+    """What tells api.cpp which levels there are."""
+    return [(f"SIXFOLD_HAS_{level}", "1") for level in levels]

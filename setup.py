@@ -1,5 +1,6 @@
 """Builds the native CPU kernels: every source once per instruction-set level, with that level's
-flags. Without a working C++ compiler the package installs without them and says so when it runs."""
+flags. A level whose flags the compiler does not know is left out; without a working C++ compiler
+the package installs without any and says so when it runs."""
 
 from __future__ import annotations
 
@@ -10,24 +11,36 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).parent))  # build front ends do not
-from native_build import COMMON_FLAGS, defines_for, levels_for, machine
+from native_build import COMMON_FLAGS, LEVEL_FREE, defines_for, levels_for, machine
 
 NATIVE = Path("platforms/cpu/native")
 
 
 class BuildLevels(build_ext):
+    def knows(self, flags: list[str]) -> bool:
+        empty = Path(self.build_temp) / "flags.cpp"
+        empty.parent.mkdir(parents=True, exist_ok=True)
+        empty.write_text("")
+        try:
+            self.compiler.compile([str(empty)], output_dir=self.build_temp, extra_postargs=flags)
+        except CompileError:
+            return False
+        return True
+
     def build_extension(self, ext: Extension) -> None:
-        sources = [(f"level_{name}.cpp", flags) for name, flags in levels_for(machine()).items()]
-        sources += [("team.cpp", []), ("api.cpp", [])]
+        levels = {n: flags for n, flags in levels_for(machine()).items() if self.knows(flags)}
+        sources = [(f"level_{name}.cpp", flags) for name, flags in levels.items()]
+        sources += [(f"{name}.cpp", []) for name in LEVEL_FREE]
 
         def compiled(source: tuple[str, list[str]]) -> list[str]:
             name, flags = source
             return self.compiler.compile(
                 [str(NATIVE / name)],
                 output_dir=self.build_temp,
-                macros=defines_for(machine()),
+                macros=defines_for(levels),
                 include_dirs=[str(NATIVE)],
                 extra_postargs=[*COMMON_FLAGS, *flags],
                 depends=ext.depends,

@@ -11,12 +11,19 @@ from torch import Tensor
 from ..interface import Decision, DeviceFacts, Status, Support
 from ..torch_runtime.device import TorchDevice
 from .host_memory import keep_freed_memory
+from .linear_preference import preference
 from .native_library import LEVELS, Team, missing, usable_levels
 from .native_ops import Issuer
 from .step_recorder import StepRecorder
 
 CACHE_SHARE = 4
 """One part in this many of the memory left beside the weights: other programs live here too."""
+
+
+def _lacks(features: frozenset[str]) -> str:
+    if features:
+        return f"needs {', '.join(sorted(features))}"
+    return "this CPU has it, but the compiler did not know it or the system refuses it"
 
 
 class HostEvent:
@@ -68,6 +75,7 @@ class CpuDevice(TorchDevice):
         return (
             Decision("threads", str(self.threads), because),
             self._native_decision(),
+            preference(self.facts.features).decision,
             Decision(
                 "freed memory",
                 "kept for reuse" if kept else "left to the C library",
@@ -81,13 +89,13 @@ class CpuDevice(TorchDevice):
         reason = missing()
         if reason is not None:
             return Decision("native kernels", "none", reason, fallback=True)
-        best = usable_levels(self.facts.features)
+        usable = usable_levels(self.facts.features)
         rejected = tuple(
-            (name, f"needs {', '.join(sorted(needs - self.facts.features))}")
+            (name, _lacks(needs - self.facts.features))
             for name, needs in LEVELS
-            if needs - self.facts.features and ("neon" in name) == ("asimd" in self.facts.features)
+            if name not in usable and ("neon" in name) == ("asimd" in self.facts.features)
         )
-        return Decision("native kernels", best[0], "the best level of this CPU", rejected)
+        return Decision("native kernels", usable[0], "the best level of this CPU", rejected)
 
     def default_dtype(self, checkpoint_dtype: str) -> tuple[str, str]:
         if "amx_bf16" not in self.facts.features:

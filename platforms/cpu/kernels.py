@@ -1,4 +1,4 @@
-"""Kernels that a CPU has beside the generic ones; which is preferred was measured."""
+"""Kernels that a CPU has beside the generic ones; which linear one is preferred was measured."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from ..torch_runtime.sampler import sample
 from .device import CpuDevice
+from .linear_preference import preference
 from .native_attention import NativeAttention
 from .native_library import missing
 from .native_ops import NativeOps
@@ -30,6 +31,8 @@ from .packing import (
     restore,
 )
 
+NATIVE = 20
+"""Priority of the native kernels of ops that only the generic ones serve beside them."""
 SHORTLIST = 512
 """Best tokens tried before a whole vocabulary is sorted; a top-p of 0.95 rarely needs more."""
 
@@ -53,13 +56,6 @@ def _needs_onednn(facts: DeviceFacts, problem: Problem) -> str | None:
 
 def _always(facts: DeviceFacts, problem: Problem) -> None:
     return None
-
-
-def onednn_priority(facts: DeviceFacts) -> int:
-    """Preference, as opposed to ability. With AVX-512 (measured on Zen 5, float32, 1 to 512
-    rows) this product took a quarter to a half of the generic one's time; elsewhere nobody has
-    measured it."""
-    return 10 if "avx512f" in facts.features else -10
 
 
 NATIVE_OPS = (
@@ -91,18 +87,19 @@ def _needs_native(facts: DeviceFacts, problem: Problem) -> str | None:
     return missing()
 
 
-def register_native(registry: KernelRegistry, device: CpuDevice) -> None:
-    """Registered also where there is no library, so that the reason is in the record."""
+def register_native(registry: KernelRegistry, device: CpuDevice, linear: int) -> None:
+    """`linear` is the priority of that op, which has a third provider. Registered also where there
+    is no library, so that the reason is in the record."""
     issuer = device.issuer
     ops = None if issuer is None else NativeOps(issuer)
     for op in NATIVE_OPS:
         fn = getattr(ops, op, _absent)
-        kernel = Kernel(op, "native", _needs_native, fn, priority=20)
+        kernel = Kernel(op, "native", _needs_native, fn, linear if op == "linear" else NATIVE)
         if op in MATRIX_OPS:
             kernel = replace(kernel, prepare=pack, dismantle=dismantle, restore=restore)
         registry.add(kernel)
     if issuer is not None:
-        registry.add_attention(NativeAttention(issuer), priority=20)
+        registry.add_attention(NativeAttention(issuer), priority=NATIVE)
 
 
 def _absent(*args: object) -> None:
@@ -110,9 +107,9 @@ def _absent(*args: object) -> None:
 
 
 def register(registry: KernelRegistry, device: CpuDevice) -> None:
-    register_native(registry, device)
-    priority = onednn_priority(device.facts)
-    registry.add(Kernel("linear", "onednn", _needs_onednn, linear, priority))
+    priorities = preference(device.facts.features).priorities
+    register_native(registry, device, priorities["native"])
+    registry.add(Kernel("linear", "onednn", _needs_onednn, linear, priorities["onednn"]))
     # Reading a value costs nothing where the host is the device.
     host_sample = partial(sample, shortlist=SHORTLIST)
     registry.add(Kernel("sample", "shortlist", _always, host_sample, priority=10))

@@ -12,14 +12,17 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ABI = 2
+ABI = 3
 """Version of the structs below; a library of another version is not used."""
 
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("avx512vnni", frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})),
-    ("avx512", frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})),
+    ("amxint8", _AVX512 | {"avx512_vnni", "amx_tile", "amx_int8"}),
+    ("avx512vnni", _AVX512 | {"avx512_vnni"}),
+    ("avx512", _AVX512),
     ("avxvnni", frozenset({"avx2", "fma", "f16c", "avx_vnni"})),
     ("avx2", frozenset({"avx2", "fma", "f16c"})),
+    ("neoni8mm", frozenset({"asimd", "asimddp", "i8mm"})),
     ("neondot", frozenset({"asimd", "asimddp"})),
     ("neon", frozenset({"asimd"})),
     ("portable", frozenset()),
@@ -113,7 +116,8 @@ def missing() -> str | None:
 
 
 def usable_levels(features: frozenset[str]) -> list[str]:
-    """The levels that this library has and a CPU with these features can run, best first."""
+    """The levels that this library has and a CPU with these features can run, best first. A level
+    that the system refuses to the process (AMX tiles) is not among them."""
     library, _ = _open()
     if library is None:
         return []

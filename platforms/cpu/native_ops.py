@@ -81,7 +81,7 @@ class NativeOps:
         if self._quantised is not None and self._quantised[0]() is x:
             return self._quantised[1]
         rows, k = x.shape
-        codes = self._issuer.empty(rows, -(-k // GROUP) * (3 * GROUP + 24) // 4)
+        codes = self._issuer.empty(rows, -(-k // GROUP) * (GROUP + 24) // 4)
         self._issuer.issue(QUANTISE, rows, (x.data_ptr(), x.stride(0), codes.data_ptr(), k))
         self._quantised = (weakref.ref(x), codes)
         return codes

@@ -138,7 +138,7 @@ void check_linear(void* team, int format, int rows, int n, int k, bool has_min) 
   const std::vector<float> x = normals(static_cast<size_t>(rows) * k);
   std::vector<float> out(static_cast<size_t>(rows) * n, NAN);
   const int groups = (k + 31) / 32;
-  std::vector<char> codes(static_cast<size_t>(rows) * groups * (3 * 32 + 24));
+  std::vector<char> codes(static_cast<size_t>(rows) * groups * (32 + 24));
   Instruction list[2] = {};
   list[0] = {kQuantise, rows, 0, 0, {address(x.data()), k, address(codes.data()), k}, {}};
   list[1] = {kLinear, rows, 0, 0,
@@ -279,7 +279,7 @@ int main(int count, char** names) {
     for (int threads : {1, 3}) {
       void* team = sixfold_team(threads, names[i]);
       for (int format = kF32; format <= kQ8Half; ++format)
-        for (int rows : {1, 2, 5, 13})
+        for (int rows : {1, 2, 5, 13, 31})
           for (int n : {1, 16, 37})
             for (int k : {1, 31, 64, 97}) {
               check_linear(team, format, rows, n, k, false);

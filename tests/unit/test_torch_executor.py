@@ -304,7 +304,7 @@ def test_what_is_set_is_kept() -> None:
         ({"cache_tokens": 64, "max_context": 128}, OutOfMemory, "does not fit the cache of 64"),
         ({"memory_fraction": 1e-9}, OutOfMemory, "a cache of one page needs"),
         ({"max_context": 1000}, ConfigError, "more than the model's 256"),
-        ({"kernels": {"linear": "cutlass"}}, KernelError, "there are: native, onednn, generic"),
+        ({"kernels": {"linear": "cutlass"}}, KernelError, "there are: native, generic, onednn"),
         ({"kernels": {"attention": "flash"}}, KernelError, "there are: native, sdpa"),
     ],
 )

@@ -1,26 +1,71 @@
 // The C interface that ctypes calls. Levels are compiled in by SIXFOLD_HAS_<level>.
 #include <cstring>
 
+#include "amx_permission.h"
 #include "team.h"
 
-#define SIXFOLD_LEVELS(X) X(portable) X(avx2) X(avxvnni) X(avx512) X(avx512vnni) X(neon) X(neondot)
+#define DECLARE(level) namespace level { extern const Kernels kernels; }
+#define FOUND(level) if (!std::strcmp(name, #level)) return &level::kernels;
 
 namespace sixfold {
-#define DECLARE(name) namespace name { extern const Kernels kernels; }
-SIXFOLD_LEVELS(DECLARE)
+#ifdef SIXFOLD_HAS_portable
+DECLARE(portable)
+#endif
+#ifdef SIXFOLD_HAS_avx2
+DECLARE(avx2)
+#endif
+#ifdef SIXFOLD_HAS_avxvnni
+DECLARE(avxvnni)
+#endif
+#ifdef SIXFOLD_HAS_avx512
+DECLARE(avx512)
+#endif
+#ifdef SIXFOLD_HAS_avx512vnni
+DECLARE(avx512vnni)
+#endif
+#ifdef SIXFOLD_HAS_amxint8
+DECLARE(amxint8)
+#endif
+#ifdef SIXFOLD_HAS_neon
+DECLARE(neon)
+#endif
+#ifdef SIXFOLD_HAS_neondot
+DECLARE(neondot)
+#endif
+#ifdef SIXFOLD_HAS_neoni8mm
+DECLARE(neoni8mm)
+#endif
 
-static const Kernels* find(const char* level) {
-#ifdef SIXFOLD_X86
-  if (!std::strcmp(level, "avx2")) return &avx2::kernels;
-  if (!std::strcmp(level, "avxvnni")) return &avxvnni::kernels;
-  if (!std::strcmp(level, "avx512")) return &avx512::kernels;
-  if (!std::strcmp(level, "avx512vnni")) return &avx512vnni::kernels;
+static const Kernels* find(const char* name) {
+#ifdef SIXFOLD_HAS_portable
+  FOUND(portable)
 #endif
-#ifdef SIXFOLD_ARM64
-  if (!std::strcmp(level, "neon")) return &neon::kernels;
-  if (!std::strcmp(level, "neondot")) return &neondot::kernels;
+#ifdef SIXFOLD_HAS_avx2
+  FOUND(avx2)
 #endif
-  return std::strcmp(level, "portable") ? nullptr : &portable::kernels;
+#ifdef SIXFOLD_HAS_avxvnni
+  FOUND(avxvnni)
+#endif
+#ifdef SIXFOLD_HAS_avx512
+  FOUND(avx512)
+#endif
+#ifdef SIXFOLD_HAS_avx512vnni
+  FOUND(avx512vnni)
+#endif
+#ifdef SIXFOLD_HAS_amxint8
+  if (!std::strcmp(name, "amxint8") && !amx_permitted()) return nullptr;
+  FOUND(amxint8)
+#endif
+#ifdef SIXFOLD_HAS_neon
+  FOUND(neon)
+#endif
+#ifdef SIXFOLD_HAS_neondot
+  FOUND(neondot)
+#endif
+#ifdef SIXFOLD_HAS_neoni8mm
+  FOUND(neoni8mm)
+#endif
+  return nullptr;
 }
 }  // namespace sixfold
 
@@ -30,7 +75,7 @@ static const Kernels* find(const char* level) {
 #define SIXFOLD_API extern "C" __attribute__((visibility("default")))
 #endif
 
-SIXFOLD_API int sixfold_abi() { return 2; }
+SIXFOLD_API int sixfold_abi() { return 3; }
 
 SIXFOLD_API int sixfold_has_level(const char* level) { return sixfold::find(level) != nullptr; }
 

@@ -3,6 +3,7 @@
 namespace sixfold {
 namespace LEVEL {
 #include "simd.h"
+#include "products.inl"
 #include "linear.inl"
 #include "pointwise.inl"
 #include "kv_pages.inl"

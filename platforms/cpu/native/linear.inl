@@ -10,7 +10,6 @@ SIXFOLD_INLINE int64_t groups_of(int64_t k) { return (k + kGroup - 1) / kGroup; 
 // every product of a group needs are made once, with the row.
 struct QuantisedRow {
   int8_t* bytes;      // kGroup a group
-  int16_t* wide;      // the same as 16-bit numbers; only written where a level reads them
   float* scale;       // a number is its byte times this
   float* sum;         // of the group's numbers
   int32_t* start;     // -kOffset times the sum of the bytes
@@ -19,15 +18,20 @@ struct QuantisedRow {
 
   QuantisedRow(int8_t* row, int64_t groups) {
     bytes = row;
-    wide = reinterpret_cast<int16_t*>(bytes + groups * kGroup);
-    scale = reinterpret_cast<float*>(wide + groups * kGroup);
+    scale = reinterpret_cast<float*>(bytes + groups * kGroup);
     sum = scale + groups;
     start = reinterpret_cast<int32_t*>(sum + groups);
     halves = start + groups;
     eighths = halves + 2 * groups;
   }
 };
-SIXFOLD_INLINE int64_t quantised_row_bytes(int64_t k) { return groups_of(k) * (3 * kGroup + 24); }
+SIXFOLD_INLINE int64_t quantised_row_bytes(int64_t k) { return groups_of(k) * (kGroup + 24); }
+
+// The same place in a quantised row that lies `bytes` further on.
+template <typename T>
+SIXFOLD_INLINE const T* of_row(const T* first, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(first) + bytes);
+}
 
 template <int F>
 SIXFOLD_INLINE nf load_weight(const void* base, int64_t at) {
@@ -36,9 +40,13 @@ SIXFOLD_INLINE nf load_weight(const void* base, int64_t at) {
   else return load_f16(static_cast<const uint16_t*>(base) + at);
 }
 
-SIXFOLD_INLINE void put(float* out, nf value, int count) {
-  if (count >= W) return store(out, value);
-  for (int i = 0; i < count; ++i) out[i] = value[i];
+// W outputs of a row from output `at` on, fewer at the matrix's end.
+SIXFOLD_INLINE void put_with_bias(const Weight& w, int at, nf value, float* row) {
+  const int left = w.n - at, count = left < W ? left : W;
+  if (w.bias)
+    for (int i = 0; i < count; ++i) value[i] += w.bias[at + i];
+  if (count >= W) return store(row + at, value);
+  for (int i = 0; i < count; ++i) row[at + i] = value[i];
 }
 
 template <int F, int M>
@@ -57,70 +65,49 @@ static void float_tile(const Weight& w, int panel, const float* x, int64_t ldx, 
   for (int p = 0; p < kParts; ++p) {
     const int at = panel * kPanel + p * W;
     if (at >= w.n) return;
-    const int count = w.n - at;
-    for (int m = 0; m < M; ++m) {
-      nf value = sum[m][p];
-      if (w.bias)
-        for (int i = 0; i < (count < W ? count : W); ++i) value[i] += w.bias[at + i];
-      put(out + m * ldo + at, value, count);
-    }
+    for (int m = 0; m < M; ++m) put_with_bias(w, at, sum[m][p], out + m * ldo);
   }
 }
 
 template <int F, int M, bool kMin>
 static void quantised_tile(const Weight& w, int panel, const int8_t* x, float* out, int64_t ldo) {
-  const int64_t groups = groups_of(w.k), row = quantised_row_bytes(w.k);
-  constexpr int kGroupBytes = F == kQ4 ? kGroup * kPanel / 2 : kGroup * kPanel;
-  Activations a[M];
-  const float *scale[M], *total[M];
-  const int32_t* start[M];  // what a group's sum of products begins with
-  for (int m = 0; m < M; ++m) {
-    const QuantisedRow r(const_cast<int8_t*>(x) + m * row, groups);
-    a[m] = {r.bytes, r.wide};
-    scale[m] = r.scale, total[m] = r.sum;
-    start[m] = F == kQ8Half ? r.halves : F == kQ8 ? r.start : r.eighths;
-  }
-  const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * groups * kGroupBytes;
-  for (int p = 0; p < kParts; ++p) {
-    const int at = panel * kPanel + p * W;
+  constexpr int P = kPartsAtOnce;
+  constexpr int kHalves = F == kQ8Half ? 2 : 1;  // scales a group
+  constexpr int kStepK = kGroup / kHalves;
+  constexpr int kStepBytes = kStepK * kPanel / (F == kQ4 ? 2 : 1);
+  constexpr bool kStarts = F == kQ4 ? !kMin : kOffset != 0;
+  const int64_t groups = groups_of(w.k), steps = groups * kHalves, row = quantised_row_bytes(w.k);
+  const QuantisedRow first(const_cast<int8_t*>(x), groups);
+  const int32_t* start = F == kQ8Half ? first.halves : F == kQ8 ? first.start : first.eighths;
+  const uint8_t* data = static_cast<const uint8_t*>(w.data) + panel * steps * kStepBytes;
+  for (int part = 0; part < kParts; part += P) {
+    const int at = panel * kPanel + part * W;
     if (at >= w.n) return;
-    nf sum[M] = {};
-    if constexpr (F == kQ8Half) {
-      for (int64_t g = 0; g < 2 * groups; ++g) {
-        ni products[M];
-        for (int m = 0; m < M; ++m) products[m] = splat_int(start[m][g]);
-        products_of_bytes<M, kGroup / 2>(data + g * kGroupBytes / 2 + p * W * 4, a,
-                                         g * kGroup / 2, products);
-        const nf d = load_f16(w.scales + (panel * 2 * groups + g) * kPanel + p * W);
-        for (int m = 0; m < M; ++m) sum[m] += to_float(products[m]) * (d * scale[m][g / 2]);
-      }
-    } else for (int64_t g = 0; g < groups; ++g) {
-      const int64_t where = (panel * groups + g) * kPanel + p * W;
-      ni products[M];
-      constexpr bool kStarts = F == kQ4 ? !kMin : kOffset != 0;
-      for (int m = 0; m < M; ++m) products[m] = kStarts ? splat_int(start[m][g]) : ni{};
-      const uint8_t* here = data + g * kGroupBytes + p * W * 4;
-      if constexpr (F == kQ4) products_of_nibbles<M, kGroup>(here, a, g * kGroup, products);
-      else products_of_bytes<M, kGroup>(here, a, g * kGroup, products);
-      const nf d = load_f16(w.scales + where);
-      nf low{};
-      if constexpr (kMin) low = load_f16(w.mins + where);
-      for (int m = 0; m < M; ++m) {
-        sum[m] += to_float(products[m]) * (d * scale[m][g]);
-        if constexpr (kMin) sum[m] -= low * total[m][g];
+    nf sum[M][P] = {};
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t g = s / kHalves, where = (panel * steps + s) * kPanel + part * W;
+      ni products[M][P];
+      for (int m = 0; m < M; ++m)
+        for (int p = 0; p < P; ++p)
+          products[m][p] = kStarts ? splat_int(of_row(start, m * row)[s]) : ni{};
+      const uint8_t* here = data + s * kStepBytes + part * W * 4;
+      if constexpr (F == kQ4) products_of_nibbles<M, P, kStepK>(here, x + s * kStepK, row, products);
+      else products_of_bytes<M, P, kStepK>(here, x + s * kStepK, row, products);
+      for (int p = 0; p < P; ++p) {
+        const nf d = load_f16(w.scales + where + p * W);
+        nf low{};
+        if constexpr (kMin) low = load_f16(w.mins + where + p * W);
+        for (int m = 0; m < M; ++m) {
+          sum[m][p] += to_float(products[m][p]) * (d * of_row(first.scale, m * row)[g]);
+          if constexpr (kMin) sum[m][p] -= low * of_row(first.sum, m * row)[g];
+        }
       }
     }
-    const int count = w.n - at;
-    for (int m = 0; m < M; ++m) {
-      nf value = sum[m];
-      if (w.bias)
-        for (int i = 0; i < (count < W ? count : W); ++i) value[i] += w.bias[at + i];
-      put(out + m * ldo + at, value, count);
-    }
+    for (int p = 0; p < P; ++p)
+      for (int m = 0; m < M; ++m) put_with_bias(w, at + p * W, sum[m][p], out + m * ldo);
   }
 }
 
-constexpr int kTileRows = W == 16 ? 8 : W == 8 ? 6 : 4;
 constexpr int kFloatRows = W == 16 ? 12 : (W == 8 ? 6 : 4);
 
 template <int F, int M>
@@ -128,7 +115,7 @@ SIXFOLD_INLINE void tile(const Weight& w, int panel, const Instruction& c, int64
   float* out = reinterpret_cast<float*>(c.a[3]) + row * c.a[4];
   if constexpr (F >= kQ8) {
     const int8_t* x = reinterpret_cast<const int8_t*>(c.a[5]) + row * quantised_row_bytes(w.k);
-    if (w.has_min) quantised_tile<F, M, true>(w, panel, x, out, c.a[4]);
+    if (F != kQ8Half && w.has_min) quantised_tile<F, M, F != kQ8Half>(w, panel, x, out, c.a[4]);
     else quantised_tile<F, M, false>(w, panel, x, out, c.a[4]);
   } else {
     float_tile<F, M>(w, panel, reinterpret_cast<const float*>(c.a[0]) + row * c.a[1], c.a[1], out,
@@ -136,12 +123,25 @@ SIXFOLD_INLINE void tile(const Weight& w, int panel, const Instruction& c, int64
   }
 }
 
+#if defined(__AMX_INT8__)
+#include "linear_amx.inl"
+#else
+template <int F>
+SIXFOLD_INLINE int64_t amx_rows(const Weight&, const Instruction&, int, int, int64_t, int64_t) {
+  return 0;
+}
+#endif
+
 template <int F>
 static void linear_block(const Weight& w, const Instruction& c, int panel_first, int panel_last,
                          int64_t row_first, int64_t row_last) {
   constexpr int kRows = F >= kQ8 ? kTileRows : kFloatRows;
   for (int64_t row = row_first; row < row_last;) {
     const int64_t left = row_last - row;
+    if (const int64_t done = amx_rows<F>(w, c, panel_first, panel_last, row, left)) {
+      row += done;
+      continue;
+    }
     // A tile of one or two rows is slow: 7 and 8 rows are cut 4 + 3 and 4 + 4, not 6 + 1 and 6 + 2.
     const bool uneven = kRows == 6 && (left == 7 || left == 8);
     const int64_t size = left >= kRows && !uneven ? kRows : left >= 4 ? 4 : left;
@@ -224,10 +224,6 @@ static void quantise_row(const float* x, int64_t width, int8_t* out) {
       const ni q = to_steps(load(from + i), inverse);
       const bytes_w narrow = __builtin_convertvector(q, bytes_w);
       __builtin_memcpy(row.bytes + at + i, &narrow, W);
-      if constexpr (kWide) {
-        const shorts_w half = __builtin_convertvector(q, shorts_w);
-        __builtin_memcpy(row.wide + at + i, &half, 2 * W);
-      }
       sum[i / (kGroup / 2)] += q;
     }
     const int32_t first = sum_of_ints(sum[0]), second = sum_of_ints(sum[1]);

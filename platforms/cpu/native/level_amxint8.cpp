@@ -1,0 +1,4 @@
+#define LEVEL amxint8
+#include "intrinsics.h"
+#include "program.h"
+#include "level.inl"

@@ -1,0 +1,4 @@
+#define LEVEL neoni8mm
+#include "intrinsics.h"
+#include "program.h"
+#include "level.inl"
