@@ -12,7 +12,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ABI = 2
+ABI = 3
 """Version of the structs below; a library of another version is not used."""
 
 LEVELS: tuple[tuple[str, frozenset[str]], ...] = (

@@ -30,7 +30,7 @@ static const Kernels* find(const char* level) {
 #define SIXFOLD_API extern "C" __attribute__((visibility("default")))
 #endif
 
-SIXFOLD_API int sixfold_abi() { return 2; }
+SIXFOLD_API int sixfold_abi() { return 3; }
 
 SIXFOLD_API int sixfold_has_level(const char* level) { return sixfold::find(level) != nullptr; }
 

@@ -15,8 +15,8 @@ enum Op : int32_t {
   kLinear = 5,     // a: x, x stride, weight, out, out stride, quantised x or 0
   kQuantise = 6,   // a: x, x stride, quantised x, width
   kKvWrite = 7,    // a: k, k stride, v, v stride, pool layer, spec*, plan
-  kAttention = 8,  // a: q, q stride, pool layer, out, spec*, plan
-  kMerge = 9,      // a: out, spec*, plan
+  kAttention = 8,  // a: q, q stride, pool layer, out, spec*, plan, sinks or 0
+  kMerge = 9,      // a: out, spec*, plan, sinks or 0
 };
 
 struct Instruction {
