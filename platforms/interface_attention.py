@@ -61,7 +61,8 @@ class AttentionBackend(Protocol):
         spec: AttentionSpec,
         sinks: Any = None,
     ) -> Any:
-        """q (T, heads, dim), k and v (T, kv_heads, dim), rope applied; sinks (heads,) float32, which
-        must outlive every step that uses them, exactly when `spec.sinks`. Writes k and v to the
-        pool, then attends; returns (T, heads, dim). `layer` counts within the group."""
+        """q (T, heads, dim), k and v (T, kv_heads, dim), rope applied. Writes k and v to the
+        pool, then attends. `sinks` (heads,) float32 is given exactly when `spec.sinks` and must
+        outlive every step that uses it. Returns (T, heads, dim); `layer` counts within the
+        group."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +21,9 @@ from .device import CpuDevice
 from .native_attention import NativeAttention
 from .native_library import missing
 from .native_ops import NativeOps
+from .packed_experts import PackedExperts, join
+from .packed_experts import dismantle as dismantle_experts
+from .packed_experts import restore as restore_experts
 from .packing import (
     PackedWeight,
     dismantle,
@@ -63,7 +67,8 @@ def onednn_priority(facts: DeviceFacts) -> int:
 
 
 NATIVE_OPS = (
-    "embedding linear rms_norm add_rms_norm rope_angles rope qk_norm_rope silu_mul gelu_tanh_mul"
+    "embedding linear rms_norm add_rms_norm rope_angles rope qk_norm_rope silu_mul gelu_tanh_mul "
+    "moe"
 ).split()
 MATRIX_OPS = {"embedding", "linear"}
 """Ops whose weight is packed at load."""
@@ -83,6 +88,13 @@ def pack(weight: Tensor | QuantisedRows, problem: Problem) -> PackedWeight:
     return pack_floats(weight)
 
 
+def pack_experts(weights: Tensor | Iterable[QuantisedRows], problem: Problem) -> PackedExperts:
+    """weights (experts, parts * n, k), or its matrices (n, k) one after the other."""
+    if isinstance(weights, Tensor):
+        weights = weights.unflatten(1, (problem.dims["parts"], -1)).flatten(0, 1)
+    return join(pack(matrix, problem) for matrix in weights)
+
+
 def _needs_native(facts: DeviceFacts, problem: Problem) -> str | None:
     if problem.dtype != "float32":
         return f"computes in float32, not {problem.dtype}"
@@ -100,6 +112,10 @@ def register_native(registry: KernelRegistry, device: CpuDevice) -> None:
         kernel = Kernel(op, "native", _needs_native, fn, priority=20)
         if op in MATRIX_OPS:
             kernel = replace(kernel, prepare=pack, dismantle=dismantle, restore=restore)
+        if op == "moe":
+            kernel = replace(
+                kernel, prepare=pack_experts, dismantle=dismantle_experts, restore=restore_experts
+            )
         registry.add(kernel)
     if issuer is not None:
         registry.add_attention(NativeAttention(issuer), priority=20)

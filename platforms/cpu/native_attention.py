@@ -2,8 +2,8 @@
 
 The host side cuts the step into pieces of work: blocks of a row's queries, or, where a row decodes
 over a long context, parts of its keys whose partial results are merged. A row's parts follow from
-its own context alone: its result is the same to the bit whatever else is in the step. A group's plan
-lies at a fixed address, so that recorded instructions find each new step there.
+its own context alone: its result is the same to the bit whatever else is in the step. A group's
+plan lies at a fixed address, so that recorded instructions find each new step there.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def logits_of(runner: ModelRunner, batch: StepBatch) -> Tensor:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen3_moe"])
 def test_logits_are_the_same_alone_and_in_a_batch(name: str, tmp_path: Path) -> None:
     tiny = Tiny(TINY[name].family, {**TINY[name].changes, "max_position_embeddings": 2048})
     path = save(tiny.model(), tmp_path)
