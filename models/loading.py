@@ -21,13 +21,14 @@ from .gemma3 import Gemma3Model
 from .gguf_weights import GGUFWeights
 from .layers import Build, Layer, Norm
 from .llama import LlamaModel
-from .matrix_cache import MatrixCache, Parts, files_of, fingerprint, folder_for
+from .matrix_cache import VERSION, MatrixCache, Parts, files_of, fingerprint, folder_for
 from .packed_weights import PackedWeights
 from .quantization import FLOATS, assign_schemes
 from .qwen2 import Qwen2Model
 from .qwen3 import Qwen3Model
 from .qwen3_moe import Qwen3MoeModel
 from .safetensors_weights import SafetensorsWeights
+from .stale_matrices import origin_of
 
 FAMILIES: dict[str, Callable[..., Model]] = {
     "llama": LlamaModel,
@@ -201,8 +202,9 @@ def open_cache(model: Model, checkpoint: Checkpoint) -> MatrixCache | None:
         "schemes": {name: layer.scheme for name, layer in layers.items()},
         "dtypes": {name: layer.build.dtype_name for name, layer in layers.items()},
     }
-    key = fingerprint(files_of(checkpoint.path), settings)
-    return MatrixCache(folder_for(checkpoint.path), key)
+    files = files_of(checkpoint.path)
+    origin = origin_of(checkpoint.path, files, VERSION)
+    return MatrixCache(folder_for(checkpoint.path), fingerprint(files, settings), origin)
 
 
 def _value(owner: nn.Module, meta: Tensor, pieces: list[_Piece], source: WeightSource) -> Tensor:

@@ -32,7 +32,8 @@ FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 def assign_schemes(model: Model, quantize: str, stored: Mapping[str, str]) -> None:
     """`quantize`: "int8" for every matrix; "int4" for all but the embedding and the head, which get
     int8: in four bits they alone cost a tenth in perplexity (SmolLM2-135M). Routers stay as
-    they are. "stored" takes `stored`, parameter name -> scheme; "" leaves all in the weights' dtype."""
+    they are. "stored" takes `stored`, parameter name -> scheme; "" leaves all in the
+    weights' dtype."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Layer)}
     if quantize in MADE_ON_LOAD:
         for name, layer in layers.items():
