@@ -15,8 +15,11 @@ from ..platforms.interface_kv import CacheNeed, KVKind
 class Attend(Protocol):
     """Stores k and v in the layer's cache and attends. The runtime binds it anew for every step."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (T, heads, dim), k and v (T, kv_heads, dim), rope applied -> (T, heads, dim)."""
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
+        """q (T, heads, dim), k and v (T, kv_heads, dim), rope applied -> (T, heads, dim). `sinks`
+        (heads,) float32, a parameter of the model, where the layer's spec has them."""
         ...
 
 

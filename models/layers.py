@@ -33,8 +33,10 @@ class Build:
     def problem(self, op: str, **dims: int) -> Problem:
         return Problem(op, self.dtype_name, dims)
 
-    def prepared(self, op: str, weight: Tensor | QuantisedRows, problem: Problem) -> Any:
-        """The matrix in the form that the bound kernel takes."""
+    def prepared(
+        self, op: str, weight: Tensor | QuantisedRows | Iterable[QuantisedRows], problem: Problem
+    ) -> Any:
+        """The matrix, or stack of them, in the form that the bound kernel takes."""
         prepare = self.ops.kernels[op].prepare
         values = weight.detach() if isinstance(weight, Tensor) else weight
         return values if prepare is None else prepare(values, problem)
@@ -46,6 +48,9 @@ class Layer(nn.Module):
     scheme = ""
     """How the layer's matrices are kept: "" in the weights' dtype, else a name from SCHEMES of
     models/quantization.py."""
+
+    rounds_on_load = True
+    """Whether `--quantize` may round the layer's matrices."""
 
     def __init__(self, build: Build) -> None:
         super().__init__()
@@ -59,9 +64,10 @@ class Layer(nn.Module):
         """Of an op that reads a matrix, quantised or not."""
         return Problem(op, self.build.dtype_name, dims, self.scheme)
 
-    def prepare(self, stored: QuantisedRows | None = None) -> None:
-        """Called when all parameters of this layer have their values. `stored` is the matrix when
-        the checkpoint holds it in the layer's scheme: its parameter is then on meta."""
+    def prepare(self, stored: Iterable[QuantisedRows] | None = None) -> None:
+        """Called when all parameters of this layer have their values. `stored` has the matrix, or a
+        stack's matrices in order, when the checkpoint holds them in the layer's scheme: the
+        parameter is then on meta."""
 
     def keepable(self) -> Parts | None:
         """The prepared matrix taken apart, where the kernel's form is worth keeping on disk."""
@@ -97,9 +103,10 @@ class Linear(Layer):
         result: Tensor = self.ops.linear(x, self.matrix, self.bias)
         return result
 
-    def prepare(self, stored: QuantisedRows | None = None) -> None:
+    def prepare(self, stored: Iterable[QuantisedRows] | None = None) -> None:
         (problem,) = self.problems()
-        self.matrix = self.build.prepared("linear", stored or self.weight, problem)
+        weight = _only(stored) or self.weight
+        self.matrix = self.build.prepared("linear", weight, problem)
         if not isinstance(self.matrix, Tensor):
             del self.weight
 
@@ -133,16 +140,17 @@ class Embedding(Layer):
         result: Tensor = self.ops.linear(x, self.head, None)
         return result
 
-    def prepare(self, stored: QuantisedRows | None = None) -> None:
+    def prepare(self, stored: Iterable[QuantisedRows] | None = None) -> None:
         """One matrix serves both uses when both kernels take the same form."""
         lookup, *product = self.problems()
-        self.table = self.build.prepared("embedding", stored or self.weight, lookup)
+        weight = _only(stored) or self.weight
+        self.table = self.build.prepared("embedding", weight, lookup)
         if product:
             kernels = self.ops.kernels
             same = kernels["linear"].prepare == kernels["embedding"].prepare
             self.head = self.table
             if not same:
-                self.head = self.build.prepared("linear", stored or self.weight, product[0])
+                self.head = self.build.prepared("linear", weight, product[0])
         if not isinstance(self.table, Tensor) and not isinstance(self.head, Tensor):
             del self.weight
 
@@ -223,3 +231,7 @@ class GatedMLP(Layer):
 
     def problems(self) -> Iterable[Problem]:
         yield self.build.problem(self.activation, width=self.inner)
+
+
+def _only(stored: Iterable[QuantisedRows] | None) -> QuantisedRows | None:
+    return None if stored is None else next(iter(stored))

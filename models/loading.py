@@ -21,13 +21,14 @@ from .gemma3 import Gemma3Model
 from .gguf_weights import GGUFWeights
 from .layers import Build, Layer, Norm
 from .llama import LlamaModel
-from .matrix_cache import MatrixCache, Parts, files_of, fingerprint, folder_for
+from .matrix_cache import VERSION, MatrixCache, Parts, files_of, fingerprint, folder_for
 from .packed_weights import PackedWeights
 from .quantization import FLOATS, assign_schemes
 from .qwen2 import Qwen2Model
 from .qwen3 import Qwen3Model
 from .qwen3_moe import Qwen3MoeModel
 from .safetensors_weights import SafetensorsWeights
+from .stale_matrices import origin_of
 
 FAMILIES: dict[str, Callable[..., Model]] = {
     "llama": LlamaModel,
@@ -149,20 +150,20 @@ def load_weights(
     source = open_weights(checkpoint)
     pieces = _assign(model, source, checkpoint)
     total, done = sum(parameter.nbytes for parameter in model.parameters()), 0
-    stored: dict[nn.Module, str] = {}  # layers whose matrix stays as it is -> its tensor
+    stored: dict[nn.Module, list[str]] = {}  # layers whose matrices stay as they are -> tensors
     restored: dict[nn.Module, Parts] = {}
     left = {module: len(list(module.parameters(recurse=False))) for module in model.modules()}
     for owner, leaf, name in list(_parameters(model)):
         meta = getattr(owner, leaf)
-        tensor = pieces[name][0].tensor
+        tensors = [piece.tensor for piece in pieces[name]]
         kept = None
         if cache is not None and leaf == "weight" and isinstance(owner, Layer):
             kept = cache.get(name)
         scheme = owner.scheme if leaf == "weight" and isinstance(owner, Layer) else ""
         if kept is not None:
             restored[owner] = kept
-        elif scheme and scheme == source.scheme(tensor) and scheme not in FLOATS:
-            stored[owner] = tensor
+        elif scheme not in ("", *FLOATS) and {source.scheme(t) for t in tensors} == {scheme}:
+            stored[owner] = tensors
         else:
             dtype = FLOATS.get(scheme, meta.dtype)
             value = to_device(_value(owner, meta.to(dtype), pieces[name], source))
@@ -173,7 +174,8 @@ def load_weights(
             if owner in restored:
                 owner.restore(restored[owner])
             else:
-                owner.prepare(source.quantised(stored[owner]) if owner in stored else None)
+                kept_as = (source.quantised(t) for t in stored[owner]) if owner in stored else None
+                owner.prepare(kept_as)
         done += meta.nbytes
         if progress:
             progress(done, total)
@@ -200,8 +202,9 @@ def open_cache(model: Model, checkpoint: Checkpoint) -> MatrixCache | None:
         "schemes": {name: layer.scheme for name, layer in layers.items()},
         "dtypes": {name: layer.build.dtype_name for name, layer in layers.items()},
     }
-    key = fingerprint(files_of(checkpoint.path), settings)
-    return MatrixCache(folder_for(checkpoint.path), key)
+    files = files_of(checkpoint.path)
+    origin = origin_of(checkpoint.path, files, VERSION)
+    return MatrixCache(folder_for(checkpoint.path), fingerprint(files, settings), origin)
 
 
 def _value(owner: nn.Module, meta: Tensor, pieces: list[_Piece], source: WeightSource) -> Tensor:
@@ -240,7 +243,14 @@ def _assign(model: Model, source: WeightSource, checkpoint: Checkpoint) -> dict[
         _check_shape(source, tensor, shapes[placement.parameter], placement, checkpoint)
         pieces.setdefault(placement.parameter, []).append(_Piece(tensor, placement))
     _check_complete(shapes, pieces, source, checkpoint)
+    for parts in pieces.values():
+        parts.sort(key=_place)
     return pieces
+
+
+def _place(piece: _Piece) -> tuple[int, ...]:
+    """Where in its parameter a piece begins: a stack's matrices are wanted in order."""
+    return tuple(i if isinstance(i, int) else i.start for i in piece.placement.index)
 
 
 def _canonical(tensor: str) -> str | None:

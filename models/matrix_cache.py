@@ -25,9 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .stale_matrices import Origin, prune
+
 log = logging.getLogger("sixfold.models")
 
-VERSION = 1
+VERSION = 2
 """Of the packed forms: raised with any change to what a kernel's `prepare` makes."""
 
 FOLDER = ".sixfold"
@@ -86,9 +88,10 @@ def files_of(checkpoint: Path) -> list[Path]:
 class MatrixCache:
     """One file of packed matrices: found, and then read; or else made and saved."""
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, origin: Origin) -> None:
         self.path = folder / f"{key}.safetensors"
         self._key = key
+        self._origin = origin
         self._data: mmap.mmap | None = None
         self._entries: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
@@ -142,7 +145,12 @@ class MatrixCache:
                 at += size
         facts = {name: parts.facts for name, parts in self._made.items()}
         self._made = {}
-        metadata = {"key": self._key, "facts": json.dumps(facts)}
+        metadata = {
+            "key": self._key,
+            "facts": json.dumps(facts),
+            "checkpoint": self._origin.checkpoint,
+            "state": self._origin.state,
+        }
         text = json.dumps({"__metadata__": metadata, **header})
         # Data begin at a multiple of ALIGNMENT, as do tensors whose sizes are multiples of it.
         raw = text.encode().ljust(-(-(len(text) + 8) // ALIGNMENT) * ALIGNMENT - 8)
@@ -161,6 +169,8 @@ class MatrixCache:
                 for tensor in tensors.values():
                     file.write(tensor.contiguous().view(torch.uint8).numpy().data)
             os.replace(file.name, self.path)
+            for stale in prune(self.path.parent, self._origin):
+                log.info("deleted %s: its checkpoint or this version has changed", stale)
         except OSError as error:
             return str(error.strerror or error)
         return ""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from .base import Model
+from .experts import ExpertStack
 from .layers import Embedding, Layer, Linear
 
 BITS = {
@@ -30,13 +31,15 @@ FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def assign_schemes(model: Model, quantize: str, stored: Mapping[str, str]) -> None:
     """`quantize`: "int8" for every matrix; "int4" for all but the embedding and the head, which get
-    int8: in four bits they alone cost a tenth in perplexity (SmolLM2-135M); "stored" takes
-    `stored`, parameter name -> scheme; "" leaves all in the weights' dtype."""
+    int8: in four bits they alone cost a tenth in perplexity (SmolLM2-135M). Routers stay as
+    they are. "stored" takes `stored`, parameter name -> scheme; "" leaves all in the
+    weights' dtype."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Layer)}
     if quantize in MADE_ON_LOAD:
         for name, layer in layers.items():
             ends = isinstance(layer, Embedding) or name == "lm_head"
-            layer.scheme = "int8" if ends else quantize
+            if layer.rounds_on_load:
+                layer.scheme = "int8" if ends else quantize
     elif quantize == "stored":
         for parameter, scheme in stored.items():
             layers[_owner(parameter, layers)].scheme = scheme
@@ -60,7 +63,7 @@ def weight_bytes(model: Model) -> int:
     """Bytes of all distinct parameters as they will be kept (tied tensors count once)."""
     seen: dict[int, float] = {}
     for module in model.modules():
-        matrix = module.weight if isinstance(module, Linear | Embedding) else None
+        matrix = module.weight if isinstance(module, Linear | Embedding | ExpertStack) else None
         bits = BITS.get(module.scheme) if isinstance(module, Layer) else None
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             size = tensor.element_size() * 8

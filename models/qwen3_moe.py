@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from ..common.checkpoint.fields import Fields
-from ..platforms.interface_kernels import Problem
 from .base import Placement
-from .layers import Build, GatedMLP, Layer, Linear
+from .experts import ExpertStack, Router
+from .layers import Build, GatedMLP
 from .llama import LlamaArgs
 from .qwen3 import Qwen3Args, Qwen3Model
 
@@ -55,29 +54,25 @@ class Experts(nn.Module):
 
     def __init__(self, args: Qwen3MoeArgs, build: Build) -> None:
         super().__init__()
-        self.gate_up_proj = build.parameter(args.experts, 2 * args.expert_inner, args.width)
-        self.down_proj = build.parameter(args.experts, args.width, args.expert_inner)
+        inner, width = args.expert_inner, args.width
+        self.gate_up_proj = ExpertStack(args.experts, 2, inner, width, build)
+        self.down_proj = ExpertStack(args.experts, 1, width, inner, build)
 
 
-class SparseMLP(Layer):
+class SparseMLP(nn.Module):
     def __init__(self, args: Qwen3MoeArgs, build: Build) -> None:
-        super().__init__(build)
-        self.gate = Linear(args.width, args.experts, build)
+        super().__init__()
+        self.ops = build.ops
+        self.gate = Router(args.width, args.experts, build)
         self.experts = Experts(args, build)
         self.args = args
 
     def forward(self, x: Tensor) -> Tensor:
-        stacked = self.experts.gate_up_proj, self.experts.down_proj
+        stacked = self.experts.gate_up_proj.matrix, self.experts.down_proj.matrix
         result: Tensor = self.ops.moe(
             x, self.gate(x), *stacked, self.args.top_k, self.args.renormalise
         )
         return result
-
-    def problems(self) -> Iterable[Problem]:
-        args = self.args
-        yield self.matrix_problem(
-            "moe", experts=args.experts, top_k=args.top_k, width=args.width, inner=args.expert_inner
-        )
 
 
 class Qwen3MoeModel(Qwen3Model):
@@ -93,12 +88,14 @@ class Qwen3MoeModel(Qwen3Model):
 
     def placement(self, name: str) -> Placement | None:
         """Experts saved one by one go to their place in the stack."""
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            return Placement(f"{name}.weight")
         found = _EXPERT.fullmatch(name)
         if not found:
             return super().placement(name)
         stack, expert, part = found[1], int(found[2]), found[3]
         if part == "down":
-            return Placement(f"{stack}.down_proj", (expert,))
+            return Placement(f"{stack}.down_proj.weight", (expert,))
         inner = self.args.expert_inner
         rows = slice(0, inner) if part == "gate" else slice(inner, 2 * inner)
-        return Placement(f"{stack}.gate_up_proj", (expert, rows))
+        return Placement(f"{stack}.gate_up_proj.weight", (expert, rows))

@@ -20,7 +20,7 @@ class AttentionSpec:
     scale: float
     window: int = 0  # 0 = unlimited
     soft_cap: float = 0.0  # 0 = off; else cap * tanh(logits / cap)
-    sinks: bool = False
+    sinks: bool = False  # a logit per head that joins the softmax and takes no value
     dtype: str = "float32"
     kv_dtype: str = ""  # of keys and values in the cache; "" = dtype
 
@@ -51,8 +51,18 @@ class AttentionBackend(Protocol):
     def bind(self, plan: Any) -> Any: ...
 
     def run(
-        self, bound: Any, pool: Any, layer: int, q: Any, k: Any, v: Any, spec: AttentionSpec
+        self,
+        bound: Any,
+        pool: Any,
+        layer: int,
+        q: Any,
+        k: Any,
+        v: Any,
+        spec: AttentionSpec,
+        sinks: Any = None,
     ) -> Any:
-        """q (T, heads, dim), k and v (T, kv_heads, dim), rope applied. Writes k and v to the pool,
-        then attends; returns (T, heads, dim). `layer` counts within the group."""
+        """q (T, heads, dim), k and v (T, kv_heads, dim), rope applied. Writes k and v to the
+        pool, then attends. `sinks` (heads,) float32 is given exactly when `spec.sinks` and must
+        outlive every step that uses it. Returns (T, heads, dim); `layer` counts within the
+        group."""
         ...

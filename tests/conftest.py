@@ -1,9 +1,12 @@
-"""Options shared by all tests, and one torch thread per test process where torch is used."""
+"""Options shared by all tests; a cache folder of their own, so that no test, and no server that one
+starts, writes to the user's."""
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         help="another real checkpoint for the greedy-continuation oracle (repeatable)",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything is imported that reads it; processes that tests start inherit it. Models that
+    the user has downloaded stay within reach."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("HF_HOME", str(Path(cache) / "huggingface"))
+    folder = tempfile.TemporaryDirectory(prefix="sixfold-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["XDG_CACHE_HOME"] = folder.name

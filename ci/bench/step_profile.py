@@ -27,7 +27,10 @@ from sixfold.platforms.sampling_rows import no_sampling
 from sixfold.platforms.select import platforms
 from sixfold.platforms.torch_runtime.executor import TorchExecutor
 
-NAMES = ("EMBED RMS_NORM ANGLES ROPE GATE LINEAR QUANTISE KV_WRITE ATTENTION MERGE").split()
+NAMES = (
+    "EMBED RMS_NORM ANGLES ROPE GATE LINEAR QUANTISE KV_WRITE ATTENTION MERGE "
+    "ROUTE SORT_ROWS EXPERTS_UP EXPERTS_DOWN COMBINE"
+).split()
 REPEATS = 15
 
 

@@ -35,14 +35,16 @@ def attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    sinks: F32 | None = None,
 ) -> F32:
     """q (T, Hq, D), k and v (T, Hk, D) of the new tokens; keys, values (S, Hk, D) by slot;
     page_table (R, P), query_start (R+1,), context_lens (R,) as in StepBatch -> (T, Hq, D).
 
     All new keys and values are written first. The query at position p of its row then sees
     positions max(0, p-window+1) .. p (from 0 when window is 0). Query head h reads kv head
-    h // (Hq / Hk). With a soft cap c, scaled logits s become c * tanh(s / c). Slots that no query
-    of the step sees may hold anything, NaN included.
+    h // (Hq / Hk). With a soft cap c, scaled logits s become c * tanh(s / c). `sinks` (Hq,) are
+    logits that join each head's softmax, neither scaled nor capped, and take no value (gpt-oss;
+    Xiao et al. 2023). Slots that no query of the step sees may hold anything, NaN included.
     """
     slots = flat_slots(page_table, query_start, context_lens, page_size)
     keys, values = kv_write(keys, values, slots, k, v)
@@ -59,8 +61,10 @@ def attention(
                 logits = past @ q[token, head] * scale
                 if soft_cap:
                     logits = soft_cap * np.tanh(logits / soft_cap)
-                weights = np.exp(logits - logits.max())
-                weights /= weights.sum()
+                sink = -np.inf if sinks is None else float(sinks[head])
+                peak = max(logits.max(), sink)
+                weights = np.exp(logits - peak)
+                weights /= weights.sum() + np.exp(sink - peak)
                 result[token, head] = weights @ values[seen_slots, head // group]
     return result.astype(np.float32)
 
@@ -75,7 +79,7 @@ def flat_slots(page_table: I32, query_start: I32, context_lens: I32, page_size: 
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class Shape:
     name: str
     rows: tuple[tuple[int, int], ...]  # (context, new tokens)
     page_size: int
@@ -84,9 +88,10 @@ class _Shape:
     dim: int = 16
     window: int = 0
     soft_cap: float = 0.0
+    sinks: tuple[float, ...] = ()  # one per head; () = none
 
 
-def _build(rng: np.random.Generator, shape: _Shape) -> Case:
+def build(rng: np.random.Generator, shape: Shape) -> Case:
     size = shape.page_size
     counts = [-(-(context + new) // size) for context, new in shape.rows]
     order = rng.permutation(np.arange(1, sum(counts) + 3))  # two pages belong to nobody
@@ -121,48 +126,59 @@ def _build(rng: np.random.Generator, shape: _Shape) -> Case:
             "scale": shape.dim**-0.5,
             "window": shape.window,
             "soft_cap": shape.soft_cap,
+            "sinks": np.array(shape.sinks, np.float32) if shape.sinks else None,
         },
     )
 
 
+SINKS = (1.5, -0.5, 4.0, 0.0)
+
 SHAPES = (
-    _Shape("first_token", ((0, 1),), 16),
-    _Shape("decode_one", ((37, 1),), 16),
-    _Shape("decode_page_boundary", ((16, 1), (15, 1), (17, 1)), 16),
-    _Shape("decode_unlike_lengths", ((1, 1), (300, 1), (31, 1), (299, 1), (0, 1)), 16),
-    _Shape("decode_page_1", ((5, 1), (9, 1)), 1),
-    _Shape("decode_page_128", ((5, 1), (130, 1), (127, 1)), 128),
-    _Shape("prefill", ((0, 21),), 16),
-    _Shape("prefill_two", ((0, 5), (0, 33)), 16),
-    _Shape("prefill_page_1", ((0, 7), (3, 4)), 1),
-    _Shape("prefill_page_128", ((0, 140), (60, 7)), 128),
-    _Shape("chunk_after_context", ((19, 14),), 16),
-    _Shape("mixed", ((50, 1), (0, 18), (7, 1), (23, 9), (80, 1)), 16),
-    _Shape("mixed_mqa_128", ((20, 1), (0, 6), (3, 5)), 16, heads=6, kv_heads=1, dim=128),
-    _Shape("mha_80", ((20, 1), (0, 6)), 16, heads=3, kv_heads=3, dim=80),
-    _Shape("gqa_64", ((20, 1), (21, 1), (4, 6)), 16, heads=9, kv_heads=3, dim=64),
-    _Shape("dim_256", ((20, 1), (0, 6)), 16, heads=4, kv_heads=1, dim=256),
-    _Shape("window_decode", ((50, 1), (3, 1), (200, 1)), 16, window=20),
-    _Shape("window_below_page", ((50, 1), (3, 1), (15, 1)), 16, window=5),
-    _Shape("window_1", ((33, 1), (0, 4)), 16, window=1),
-    _Shape("window_prefill", ((0, 40), (0, 3)), 16, window=9),
-    _Shape("window_chunk", ((45, 30), (5, 11), (90, 1)), 16, window=24),
-    _Shape("window_page_1", ((30, 1), (12, 8)), 1, window=7),
-    _Shape("window_page_128", ((300, 1), (130, 20)), 128, window=64),
-    _Shape("soft_cap", ((20, 1), (0, 9), (6, 5)), 16, soft_cap=2.0),
-    _Shape("soft_cap_window", ((40, 1), (30, 9)), 16, soft_cap=2.0, window=8),
+    Shape("first_token", ((0, 1),), 16),
+    Shape("decode_one", ((37, 1),), 16),
+    Shape("decode_page_boundary", ((16, 1), (15, 1), (17, 1)), 16),
+    Shape("decode_unlike_lengths", ((1, 1), (300, 1), (31, 1), (299, 1), (0, 1)), 16),
+    Shape("decode_page_1", ((5, 1), (9, 1)), 1),
+    Shape("decode_page_128", ((5, 1), (130, 1), (127, 1)), 128),
+    Shape("prefill", ((0, 21),), 16),
+    Shape("prefill_two", ((0, 5), (0, 33)), 16),
+    Shape("prefill_page_1", ((0, 7), (3, 4)), 1),
+    Shape("prefill_page_128", ((0, 140), (60, 7)), 128),
+    Shape("chunk_after_context", ((19, 14),), 16),
+    Shape("mixed", ((50, 1), (0, 18), (7, 1), (23, 9), (80, 1)), 16),
+    Shape("mixed_mqa_128", ((20, 1), (0, 6), (3, 5)), 16, heads=6, kv_heads=1, dim=128),
+    Shape("mha_80", ((20, 1), (0, 6)), 16, heads=3, kv_heads=3, dim=80),
+    Shape("gqa_64", ((20, 1), (21, 1), (4, 6)), 16, heads=9, kv_heads=3, dim=64),
+    Shape("dim_256", ((20, 1), (0, 6)), 16, heads=4, kv_heads=1, dim=256),
+    Shape("window_decode", ((50, 1), (3, 1), (200, 1)), 16, window=20),
+    Shape("window_below_page", ((50, 1), (3, 1), (15, 1)), 16, window=5),
+    Shape("window_1", ((33, 1), (0, 4)), 16, window=1),
+    Shape("window_prefill", ((0, 40), (0, 3)), 16, window=9),
+    Shape("window_chunk", ((45, 30), (5, 11), (90, 1)), 16, window=24),
+    Shape("window_page_1", ((30, 1), (12, 8)), 1, window=7),
+    Shape("window_page_128", ((300, 1), (130, 20)), 128, window=64),
+    Shape("soft_cap", ((20, 1), (0, 9), (6, 5)), 16, soft_cap=2.0),
+    Shape("soft_cap_window", ((40, 1), (30, 9)), 16, soft_cap=2.0, window=8),
+    Shape("sinks", ((50, 1), (0, 18), (7, 1), (400, 1)), 16, sinks=SINKS),
+    Shape("sinks_first_token", ((0, 1),), 16, sinks=SINKS),
+    Shape("sinks_window", ((50, 1), (45, 30), (0, 7)), 16, sinks=SINKS, window=9),
+    Shape("sinks_soft_cap", ((20, 1), (6, 5)), 16, sinks=SINKS, soft_cap=2.0),
+    Shape("sinks_soft_cap_window", ((300, 1), (30, 9)), 16, sinks=SINKS, soft_cap=2.0, window=200),
+    Shape("sinks_gqa_64", ((20, 1), (300, 1), (4, 6)), 16, 8, 1, dim=64, sinks=2 * SINKS),
+    Shape("sinks_far_above", ((20, 1), (300, 1), (4, 6)), 16, sinks=(200.0, 60.0, 1e4, 30.0)),
+    Shape("sinks_far_below", ((20, 1), (300, 1), (4, 6)), 16, sinks=(-200.0, -60.0, -1e4, -30.0)),
 )
 
 
 def cases(rng: np.random.Generator) -> Iterable[Case]:
     for shape in SHAPES:
-        yield _build(rng, shape)
+        yield build(rng, shape)
     yield _shared_page(rng)
 
 
 def _shared_page(rng: np.random.Generator) -> Case:
     """Row 1 reads a page that row 0 writes in the same step."""
-    case = _build(rng, _Shape("page_written_by_a_neighbour", ((0, 16), (16, 5)), 16))
+    case = build(rng, Shape("page_written_by_a_neighbour", ((0, 16), (16, 5)), 16))
     table = case.args["page_table"].copy()
     table[1, 0] = table[0, 0]
     return Case(case.name, {**case.args, "page_table": table})

@@ -43,6 +43,8 @@ def cases(rng: np.random.Generator) -> Iterable[Case]:
         ("all_experts", 3, 16, 8, 4, 4, True),
         ("idle_experts", 2, 16, 8, 16, 2, True),
         ("no_rows", 0, 16, 8, 4, 2, True),
+        ("top_8", 7, 48, 33, 20, 8, True),
+        ("many_rows_an_expert", 70, 31, 17, 3, 1, False),
     ]:
         yield Case(
             name,
@@ -65,6 +67,19 @@ def cases(rng: np.random.Generator) -> Iterable[Case]:
             "down": normal(rng, 5, 16, 8, scale=0.35),
             "top_k": 2,
             "renormalise": True,
+        },
+    )
+    # Every row to expert 3, nobody to expert 0.
+    crowd = normal(rng, 30, 4) + np.array([-40, 0, 0, 40], np.float32)
+    yield Case(
+        "one_expert_for_all",
+        {
+            "x": normal(rng, 30, 20),
+            "router_logits": crowd,
+            "gate_up": normal(rng, 4, 16, 20, scale=0.25),
+            "down": normal(rng, 4, 20, 8, scale=0.35),
+            "top_k": 2,
+            "renormalise": False,
         },
     )
 

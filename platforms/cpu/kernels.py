@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +22,9 @@ from .linear_preference import preference
 from .native_attention import NativeAttention
 from .native_library import missing
 from .native_ops import NativeOps
+from .packed_experts import PackedExperts, join
+from .packed_experts import dismantle as dismantle_experts
+from .packed_experts import restore as restore_experts
 from .packing import (
     PackedWeight,
     dismantle,
@@ -59,7 +63,8 @@ def _always(facts: DeviceFacts, problem: Problem) -> None:
 
 
 NATIVE_OPS = (
-    "embedding linear rms_norm add_rms_norm rope_angles rope qk_norm_rope silu_mul gelu_tanh_mul"
+    "embedding linear rms_norm add_rms_norm rope_angles rope qk_norm_rope silu_mul gelu_tanh_mul "
+    "moe"
 ).split()
 MATRIX_OPS = {"embedding", "linear"}
 """Ops whose weight is packed at load."""
@@ -77,6 +82,13 @@ def pack(weight: Tensor | QuantisedRows, problem: Problem) -> PackedWeight:
     if problem.weights == "int4":
         return quantise_int4(weight)
     return pack_floats(weight)
+
+
+def pack_experts(weights: Tensor | Iterable[QuantisedRows], problem: Problem) -> PackedExperts:
+    """weights (experts, parts * n, k), or its matrices (n, k) one after the other."""
+    if isinstance(weights, Tensor):
+        weights = weights.unflatten(1, (problem.dims["parts"], -1)).flatten(0, 1)
+    return join(pack(matrix, problem) for matrix in weights)
 
 
 def _needs_native(facts: DeviceFacts, problem: Problem) -> str | None:
@@ -97,6 +109,10 @@ def register_native(registry: KernelRegistry, device: CpuDevice, linear: int) ->
         kernel = Kernel(op, "native", _needs_native, fn, linear if op == "linear" else NATIVE)
         if op in MATRIX_OPS:
             kernel = replace(kernel, prepare=pack, dismantle=dismantle, restore=restore)
+        if op == "moe":
+            kernel = replace(
+                kernel, prepare=pack_experts, dismantle=dismantle_experts, restore=restore_experts
+            )
         registry.add(kernel)
     if issuer is not None:
         registry.add_attention(NativeAttention(issuer), priority=NATIVE)

@@ -1,8 +1,9 @@
 """The native attention backend: one call for all rows of a step, read from the pages in place.
 
-The host side cuts the step into pieces of work: blocks of a row's queries, or, when few rows decode
-over long contexts, parts of a row's keys whose partial results are merged. A group's plan lies at a
-fixed address, so that recorded instructions find each new step there.
+The host side cuts the step into pieces of work: blocks of a row's queries, or, where a row decodes
+over a long context, parts of its keys whose partial results are merged. A row's parts follow from
+its own context alone: its result is the same to the bit whatever else is in the step. A group's
+plan lies at a fixed address, so that recorded instructions find each new step there.
 """
 
 from __future__ import annotations
@@ -32,11 +33,8 @@ I32 = NDArray[np.int32]
 QUERY_BLOCK = 32
 """Queries of one piece of a prefill."""
 
-LEAST_KEYS = 128
-"""A row's keys are not cut into parts smaller than this."""
-
-PIECES_PER_THREAD = 4
-"""Work is cut until there are this many tasks a thread, so that uneven cores stay busy."""
+PART_KEYS = 256
+"""Keys of one part of a row that decodes; at most half as many more in the last."""
 
 LARGEST_DIM = 512
 
@@ -100,8 +98,6 @@ class NativeAttention:
 
     def accepts(self, spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
         reasons = []
-        if spec.sinks:
-            reasons.append("attention sinks are not implemented by the native backend")
         if spec.heads % spec.kv_heads:
             reasons.append(f"{spec.heads} heads do not divide among {spec.kv_heads} kv heads")
         if spec.dtype != "float32":
@@ -122,9 +118,7 @@ class NativeAttention:
         return KVLayout(axes, shape, stored)
 
     def plan(self, batch: StepBatch, group: KVGroup) -> NativePlan:
-        _, spec = self._groups[group.name]
-        wanted = -(-self._issuer.team.threads * PIECES_PER_THREAD // spec.kv_heads)
-        return plan_step(batch, group, wanted)
+        return plan_step(batch, group)
 
     def bind(self, plan: NativePlan) -> GroupPlan:
         bound, spec = self._groups[plan.group.name]
@@ -140,6 +134,7 @@ class NativeAttention:
         k: Tensor,
         v: Tensor,
         spec: AttentionSpec,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         rows = len(q)
         q, k, v = (x.flatten(1) for x in (q, k, v))
@@ -152,10 +147,11 @@ class NativeAttention:
             (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), data, struct, bound.address),
         )
         out = issuer.empty(rows, spec.heads * spec.head_dim)
-        args = (q.data_ptr(), q.stride(0), data, out.data_ptr(), struct, bound.address)
+        sink = 0 if sinks is None else sinks.data_ptr()
+        args = (q.data_ptr(), q.stride(0), data, out.data_ptr(), struct, bound.address, sink)
         issuer.issue(ATTENTION, rows, args)
         if issuer.is_recording or bound.struct.merge_count:
-            issuer.issue(MERGE, rows, (out.data_ptr(), struct, bound.address))
+            issuer.issue(MERGE, rows, (out.data_ptr(), struct, bound.address, sink))
         return out.view(rows, spec.heads, spec.head_dim)
 
     def _spec(self, spec: AttentionSpec) -> int:
@@ -173,23 +169,21 @@ class NativeAttention:
         return ctypes.addressof(self._specs[spec])
 
 
-def plan_step(batch: StepBatch, group: KVGroup, wanted: int) -> NativePlan:
-    """`wanted` pieces keep all threads busy; rows that decode are cut to come near it."""
+def plan_step(batch: StepBatch, group: KVGroup) -> NativePlan:
     table = batch.page_tables[group.name]
     slots = flat_slots(table, batch.query_start, batch.context_lens, group.page_size)
     new = np.diff(batch.query_start)
     parts: list[tuple[int, ...]] = []
     whole: list[tuple[int, ...]] = []
     merges = []
-    cuts = max(1, wanted // max(1, len(new)))
     for row, (count, context) in enumerate(
         zip(new.tolist(), batch.context_lens.tolist(), strict=True)
     ):
         end = context + count
         begin = max(0, context - group.window + 1) if group.window else 0
-        pieces = min(cuts, (end - begin) // LEAST_KEYS) if count == 1 else 1
-        if pieces > 1:
-            edges = np.linspace(begin, end, pieces + 1).astype(int).tolist()
+        edges = [*range(begin, end - PART_KEYS // 2, PART_KEYS), end]
+        if count == 1 and len(edges) > 2:
+            pieces = len(edges) - 1
             merges.append((int(batch.query_start[row]), len(parts), len(parts) + pieces))
             parts += [(row, 0, 1, *span) for span in pairwise(edges)]
             continue

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import packing
+from . import packed_experts, packing
 from .native_library import Instruction, RopeShape, Team, instruction
+from .packed_experts import PackedExperts
 from .packing import GROUP, PackedWeight
 
 EMBED, RMS_NORM, ANGLES, ROPE, GATE, LINEAR, QUANTISE, KV_WRITE, ATTENTION, MERGE = range(10)
+ROUTE, SORT_ROWS, EXPERTS_UP, EXPERTS_DOWN, COMBINE = range(10, 15)
 SILU, GELU_TANH = 0, 1
 
 
@@ -67,6 +69,12 @@ class Issuer:
             self._kept[key] = RopeShape(*key)
         return ctypes.addressof(self._kept[key])
 
+    def entries(self, experts: int) -> int:
+        """Where a step's rows by expert are counted: one place, as layers take turns."""
+        if experts not in self._kept:
+            self._kept[experts] = (ctypes.c_int32 * (2 * experts + 2))()
+        return ctypes.addressof(self._kept[experts])
+
 
 class NativeOps:
     """One method per op contract (common/ops). Activations are float32."""
@@ -80,10 +88,16 @@ class NativeOps:
         """x (rows, k) as signed bytes with a scale per 32; made once per tensor."""
         if self._quantised is not None and self._quantised[0]() is x:
             return self._quantised[1]
-        rows, k = x.shape
-        codes = self._issuer.empty(rows, -(-k // GROUP) * (GROUP + 24) // 4)
-        self._issuer.issue(QUANTISE, rows, (x.data_ptr(), x.stride(0), codes.data_ptr(), k))
+        codes = self._rounded(x, x.stride(0), x.shape[1], 1)
         self._quantised = (weakref.ref(x), codes)
+        return codes
+
+    def _rounded(self, x: Tensor, stride: int, width: int, per_row: int) -> Tensor:
+        """`per_row` rows of `width` for each row of x, `stride` apart."""
+        rows = len(x)
+        codes = self._issuer.empty(rows, per_row * -(-width // GROUP) * (GROUP + 24) // 4)
+        args = (x.data_ptr(), stride, codes.data_ptr(), width, per_row)
+        self._issuer.issue(QUANTISE, rows, args)
         return codes
 
     def embedding(self, ids: Tensor, table: Tensor | PackedWeight, scale: float = 1.0) -> Tensor:
@@ -219,6 +233,80 @@ class NativeOps:
         )
         self._issuer.issue(GATE, len(gate), args)
         return out
+
+    def moe(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        gate_up: Tensor | PackedExperts,
+        down: Tensor | PackedExperts,
+        top_k: int,
+        renormalise: bool,
+    ) -> Tensor:
+        """Rows are sorted by expert in an instruction of their own, so that steps with experts are
+        recorded like others. Integers lie in buffers of floats of the same size."""
+        ups, downs = self._experts(gate_up, 2), self._experts(down, 1)
+        issuer, rows, experts = self._issuer, len(x), downs.count
+        x, logits = _rows(x), _rows(router_logits)
+        ids, factors, places, tokens = (issuer.empty(rows, top_k) for _ in range(4))
+        entries = issuer.entries(experts)
+        route = (
+            logits.data_ptr(),
+            logits.stride(0),
+            ids.data_ptr(),
+            factors.data_ptr(),
+            experts,
+            top_k,
+            int(renormalise),
+        )
+        issuer.issue(ROUTE, rows, route)
+        sort = (ids.data_ptr(), entries, places.data_ptr(), tokens.data_ptr(), experts, top_k)
+        issuer.issue(SORT_ROWS, rows, sort)
+        hidden = issuer.empty(rows, top_k * ups.n)
+        up = (
+            x.data_ptr(),
+            x.stride(0),
+            self._codes(x).data_ptr() if ups.quantised else 0,
+            ups.address,
+            hidden.data_ptr(),
+            entries,
+            tokens.data_ptr(),
+            experts,
+            top_k,
+        )
+        issuer.issue(EXPERTS_UP, rows, up)
+        codes = self._rounded(hidden, ups.n, ups.n, top_k) if downs.quantised else None
+        each = issuer.empty(rows, top_k * downs.n)
+        lower = (
+            hidden.data_ptr(),
+            0 if codes is None else codes.data_ptr(),
+            downs.address,
+            each.data_ptr(),
+            entries,
+            experts,
+            top_k,
+        )
+        issuer.issue(EXPERTS_DOWN, rows, lower)
+        out = issuer.empty(rows, downs.n)
+        combine = (
+            each.data_ptr(),
+            places.data_ptr(),
+            factors.data_ptr(),
+            out.data_ptr(),
+            downs.n,
+            top_k,
+        )
+        issuer.issue(COMBINE, rows, combine)
+        return out
+
+    def _experts(self, weights: Tensor | PackedExperts, parts: int) -> PackedExperts:
+        """weights (experts, parts * n, k)."""
+        if isinstance(weights, PackedExperts):
+            return weights
+        if self._issuer.is_recording:
+            raise NotRecorded("experts were not packed at load")
+        matrices = weights.unflatten(1, (parts, -1)).flatten(0, 1)
+        return packed_experts.join(packing.pack_floats(matrix) for matrix in matrices)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -83,8 +83,6 @@ class SdpaAttention:
 
     def accepts(self, spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
         reasons = []
-        if spec.sinks:
-            reasons.append("attention sinks are not implemented by the generic backend")
         if spec.heads % spec.kv_heads:
             reasons.append(f"{spec.heads} heads do not divide among {spec.kv_heads} kv heads")
         if spec.stored_dtype != spec.dtype:
@@ -116,25 +114,31 @@ class SdpaAttention:
         k: Tensor,
         v: Tensor,
         spec: AttentionSpec,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         if bound.fresh is not None:
             pool.clear(layer, bound.fresh)
         pool.write(layer, bound.slots, k, v)
         result: Tensor | None = None
         for block in bound.decodes:
-            part = _decode(block, pool, layer, q, spec)
+            part = _decode(block, pool, layer, q, spec, sinks)
             if block.tokens is None:
                 return part
             result = torch.empty_like(q) if result is None else result
             result.index_copy_(0, block.tokens, part)
         result = torch.empty_like(q) if result is None else result
         for row in bound.prefills:
-            _prefill(row, pool, layer, q, k, v, spec, result)
+            _prefill(row, pool, layer, q, k, v, spec, sinks, result)
         return result
 
 
 def _decode(
-    block: BoundDecode, pool: TorchKVPool, layer: int, q: Tensor, spec: AttentionSpec
+    block: BoundDecode,
+    pool: TorchKVPool,
+    layer: int,
+    q: Tensor,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
 ) -> Tensor:
     """(rows, heads, dim) for the block's rows."""
     past = pool.gather(layer, block.pages)
@@ -142,7 +146,7 @@ def _decode(
     keys, values = past.permute(2, 0, 3, 1, 4).unbind()
     if block.tokens is not None:
         q = q.index_select(0, block.tokens)
-    return _attend(q.unsqueeze(2), keys, values, block.bias, False, spec).squeeze(2)
+    return _attend(q.unsqueeze(2), keys, values, block.bias, False, spec, sinks).squeeze(2)
 
 
 def _prefill(
@@ -153,6 +157,7 @@ def _prefill(
     k: Tensor,
     v: Tensor,
     spec: AttentionSpec,
+    sinks: Tensor | None,
     result: Tensor,
 ) -> None:
     if row.pages is None:
@@ -169,16 +174,23 @@ def _prefill(
             bias,
             piece.causal,
             spec,
+            sinks,
         )
         result[where] = part.squeeze(0).transpose(0, 1)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, spec: AttentionSpec
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
 ) -> Tensor:
     """q (B, heads, n, dim), k and v (B, kv_heads, L, dim) -> (B, heads, n, dim)."""
-    if spec.soft_cap:
-        return _attend_capped(q, k, v, bias, causal, spec)
+    if spec.soft_cap or sinks is not None:
+        return _attend_by_definition(q, k, v, bias, causal, spec, sinks)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -190,20 +202,31 @@ def _attend(
     )
 
 
-def _attend_capped(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, spec: AttentionSpec
+def _attend_by_definition(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention by its definition, because the fused one has no place for the cap."""
+    """The fused product has no place for a soft cap nor for sinks."""
     batch, heads, count, dim = q.shape
     grouped = q.reshape(batch, spec.kv_heads, -1, count, dim)
-    logits = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2)).float()
-    logits = torch.tanh(logits * (spec.scale / spec.soft_cap)) * spec.soft_cap
+    logits = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2)).float() * spec.scale
+    if spec.soft_cap:
+        logits = torch.tanh(logits / spec.soft_cap) * spec.soft_cap
     if causal:
         order = torch.arange(count, device=q.device)
         bias = _bias(order <= order.unsqueeze(1), torch.float32)
     if bias is not None:
         logits = logits + (bias if bias.dim() == 2 else bias.unsqueeze(1))
-    weights = torch.softmax(logits, dim=-1).to(v.dtype)
+    keys = logits.shape[-1]
+    if sinks is not None:
+        column = sinks.float().view(1, spec.kv_heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat((logits, column), dim=-1)
+    weights = torch.softmax(logits, dim=-1)[..., :keys].to(v.dtype)
     return torch.matmul(weights, v.unsqueeze(2)).reshape(batch, heads, count, dim)
 
 

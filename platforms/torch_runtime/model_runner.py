@@ -119,10 +119,15 @@ class ModelRunner:
         backend = self._attention
         self._bound = [backend.bind(backend.plan(batch, group.group)) for group in self._groups]
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
         index, place = self._place[layer]
+        spec = self._specs[layer]
+        if spec.sinks != (sinks is not None):
+            raise ValueError(f"layer {layer}: its spec and its call disagree about sinks")
         result: Tensor = self._attention.run(
-            self._bound[index], self._groups[index].pool, place, q, k, v, self._specs[layer]
+            self._bound[index], self._groups[index].pool, place, q, k, v, spec, sinks
         )
         return result
 

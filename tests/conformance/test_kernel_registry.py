@@ -3,6 +3,7 @@ reason, strict mode, and the recorded decisions."""
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -100,9 +101,25 @@ def test_an_attention_backend_is_chosen_the_same_way() -> None:
     assert backend.name == decision.chosen == "sdpa"
     with pytest.raises(KernelError, match="there are: sdpa"):
         entries.resolve_attention([SPEC], cpu_facts(), "paged")
-    sinks = AttentionSpec(4, 2, 64, 0.125, sinks=True)
-    with pytest.raises(KernelError, match="sinks"):
+
+
+def test_a_backend_without_sinks_is_passed_over_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entries = KernelRegistry()
+    (plain,) = cpu_backends()
+    lacking = copy(plain)
+    monkeypatch.setattr(lacking, "name", "lacking", raising=False)
+    refusal = "has no attention sinks"
+    monkeypatch.setattr(lacking, "accepts", lambda spec, _: (refusal,) if spec.sinks else ())
+    entries.add_attention(lacking, priority=5)
+    sinks = replace(SPEC, sinks=True)
+    with pytest.raises(KernelError, match=refusal):
         entries.resolve_attention([SPEC, sinks], cpu_facts(), None)
+    entries.add_attention(plain)
+    backend, decision = entries.resolve_attention([SPEC, sinks], cpu_facts(), None)
+    assert backend is plain
+    assert decision.rejected[0] == ("lacking", refusal)
 
 
 def test_the_native_kernel_goes_before_torchs_products() -> None:

@@ -17,74 +17,23 @@ from support.attention_checks import (
     to_int8_rows,
 )
 from support.kernel_checks import check, rounded_to_bytes
+from support.native_forms import FORMS, HERE
 from torch import Tensor
 
 from sixfold.common.ops import OPS
 from sixfold.platforms.cpu import native_attention, packing
 from sixfold.platforms.cpu.kernels import NATIVE_OPS
 from sixfold.platforms.cpu.native_attention import NativeAttention
-from sixfold.platforms.cpu.native_library import LEVELS, Team, missing, usable_levels
+from sixfold.platforms.cpu.native_library import LEVELS, Team, missing
 from sixfold.platforms.cpu.native_ops import Issuer, NativeOps
 from sixfold.platforms.cpu.packing import PackedWeight
 from sixfold.platforms.interface_attention import AttentionSpec
 from sixfold.platforms.interface_kernels import KernelTable
 from sixfold.platforms.interface_kv import KVGroup, KVKind
-from sixfold.platforms.machine import observe
 from sixfold.platforms.torch_runtime.dtypes import KV_DTYPES
 from sixfold.platforms.torch_runtime.pools import TorchKVPool
 
-HERE = usable_levels(observe().cpu_features)
 SHAPES = [(1, 64, 48), (3, 33, 17), (4, 1, 16), (9, 576, 100), (37, 96, 49), (1, 7, 1), (0, 32, 16)]
-
-
-def _bf16(weight: Tensor) -> PackedWeight:
-    return packing.pack_floats(weight.bfloat16())
-
-
-def _f16(weight: Tensor) -> PackedWeight:
-    return packing.pack_floats(weight.half())
-
-
-def _int4_without_minimum(weight: Tensor) -> PackedWeight:
-    n, k = weight.shape
-    groups = -(-k // packing.GROUP)
-    q = torch.randint(0, 16, (n, groups, packing.GROUP))
-    return packing.pack_int4(q, torch.rand(n, groups), None, weight.shape)
-
-
-def _int8_extremes(weight: Tensor) -> PackedWeight:
-    """All weights -128, as a file may hold: what a 16-bit sum of two products must survive."""
-    n, k = weight.shape
-    groups = -(-k // packing.GROUP)
-    q = torch.full((n, groups, packing.GROUP), -128)
-    return packing.pack_int8(q, torch.rand(n, groups), weight.shape)
-
-
-def _int8_by_sixteen(weight: Tensor) -> PackedWeight:
-    n, k = weight.shape
-    groups = -(-k // packing.GROUP)
-    q = torch.randint(-128, 128, (n, groups, packing.GROUP))
-    return packing.pack_int8(q, torch.rand(n, 2 * groups), weight.shape)
-
-
-def _int8_with_minimum(weight: Tensor) -> PackedWeight:
-    n, k = weight.shape
-    groups = -(-k // packing.GROUP)
-    q = torch.randint(0, 32, (n, groups, packing.GROUP))
-    return packing.pack_int8(q, torch.rand(n, groups), weight.shape, torch.randn(n, groups))
-
-
-FORMS: list[Callable[[Tensor], PackedWeight]] = [
-    packing.pack_floats,
-    _bf16,
-    _f16,
-    packing.quantise_int8,
-    _int8_extremes,
-    _int8_by_sixteen,
-    _int8_with_minimum,
-    packing.quantise_int4,
-    _int4_without_minimum,
-]
 
 
 def test_this_checkout_has_native_kernels() -> None:
@@ -113,7 +62,7 @@ def test_linear_on_every_form_of_weight(
     rows, k, n = shape
     torch.manual_seed(rows + k + n)
     x, bias = torch.randn(rows, k + 3)[:, :k], torch.randn(n)
-    if form is _int8_extremes:
+    if form.__name__ == "_int8_extremes":
         x = torch.where(x > 0, 1.0, -1.0)
     weight = form(torch.randn(n, k) * k**-0.5)
     values = packing.unpack(weight).double()
@@ -127,12 +76,12 @@ def test_linear_on_every_form_of_weight(
         torch.testing.assert_close(NativeOps(issuer).embedding(ids, weight), values[ids].float())
 
 
-@pytest.mark.parametrize("least_keys", [128, 3])
+@pytest.mark.parametrize("part_keys", [256, 3])
 def test_attention_equals_the_reference(
-    issuer: Issuer, least_keys: int, monkeypatch: pytest.MonkeyPatch
+    issuer: Issuer, part_keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With 3, rows that decode are cut into parts even where they are short."""
-    monkeypatch.setattr(native_attention, "LEAST_KEYS", least_keys)
+    monkeypatch.setattr(native_attention, "PART_KEYS", part_keys)
     backend = NativeAttention(issuer)
     for case in OPS["attention"].cases(np.random.default_rng(7)):
         got, pool = run_case(backend, case, "float32")

@@ -41,7 +41,7 @@ def start(path: Path, quantize: str) -> tuple[Model, MatrixCache]:
 
 @pytest.mark.parametrize(
     ("family", "quantize"),
-    [*product(("llama", "qwen2", "gemma3"), ("", "int8", "int4")), ("qwen3_moe", "")],
+    [*product(("llama", "qwen2", "gemma3", "qwen3_moe"), ("", "int8", "int4"))],
 )
 def test_a_second_start_maps_what_the_first_packed(
     family: str, quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,7 +21,7 @@ from tiny_models import prompt as tokens
 from tiny_packed import Form, awq, compressed, gptq, write_packed_model
 
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
-from sixfold.common.errors import CheckpointError, KernelError
+from sixfold.common.errors import CheckpointError
 from sixfold.models.loading import kernel_problems
 from sixfold.platforms.cpu.native_library import missing
 from sixfold.platforms.interface_kernels import KernelTable
@@ -198,12 +198,16 @@ def test_columns_out_of_order_cost_the_recording_and_the_decision_says_so(tmp_pa
 
 
 @native
-def test_packed_experts_are_converted_and_the_decision_says_so(tmp_path: Path) -> None:
-    oracle = write_packed_model(tmp_path, TINY["qwen3_moe"], gptq("gptq_v2", 4, 32))
+@pytest.mark.parametrize("name", ["gptq-int4", "awq"])
+def test_packed_experts_are_kept_as_stored(name: str, tmp_path: Path) -> None:
+    oracle = write_packed_model(tmp_path, TINY["qwen3_moe"], FORMS[name])
     expected = expected_logits(oracle, tokens())
     torch.testing.assert_close(logits(load(tmp_path), tokens()), expected, atol=1e-4, rtol=1e-4)
-    decision = {d.what: d for d in load_on_cpu(tmp_path).decisions}["weights"]
-    assert decision.chosen == "float32"
-    assert "op 'moe'" in decision.rejected[0][1]
-    with pytest.raises(KernelError, match="generic: has no gptq_int4 weights"):
-        load_native(tmp_path)
+    model = load_native(tmp_path)
+    assert not [n for n, p in model.named_parameters() if p.dim() > 1], "a dequantised copy"
+    assert 0 < relative(logits(model, tokens()), expected) < TOLERANCE
+    decisions = {d.what: d for d in load_on_cpu(tmp_path).decisions}
+    assert decisions["kernel moe"].chosen == "native"
+    kept = set(decisions["weights"].chosen.split(", "))
+    assert kept == {"float16", SCHEME.get(name, "gptq_int4")}
+    assert decisions["step"].chosen == "recorded"

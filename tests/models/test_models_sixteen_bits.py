@@ -17,7 +17,6 @@ from tiny_models import TINY, expected_logits, save
 from tiny_models import prompt as tokens
 
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
-from sixfold.common.errors import KernelError
 from sixfold.models.loading import kernel_problems
 from sixfold.platforms.cpu.native_library import missing
 
@@ -28,11 +27,14 @@ HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def kept_types(model: Any) -> set[torch.dtype]:
     layers = [m for m in model.modules() if hasattr(m, "matrix") or hasattr(m, "table")]
-    return {(getattr(m, "matrix", None) or m.table).data.dtype for m in layers}
+    kept = [getattr(m, "matrix", None) or m.table for m in layers]
+    return {getattr(matrix, "stack", matrix).data.dtype for matrix in kept}
 
 
 @pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("name", ["llama", "llama_tied_own_head_dim", "qwen2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_tied_own_head_dim", "qwen2", "gemma3", "qwen3_moe"]
+)
 def test_equal_to_the_float32_copies(name: str, half: str, tmp_path: Path) -> None:
     stored, oracle = TINY[name].model().to(HALVES[half]), TINY[name].model()
     path = save(stored, tmp_path)
@@ -110,12 +112,15 @@ def test_a_float32_checkpoint_has_nothing_to_keep(tmp_path: Path) -> None:
     assert (decision.chosen, decision.rejected) == ("float32", ())
 
 
-def test_stacked_experts_have_no_kernel_yet_and_the_decision_says_so(tmp_path: Path) -> None:
+def test_stacked_experts_are_kept_and_routers_are_never_rounded(tmp_path: Path) -> None:
     path = save(TINY["qwen3_moe"].model().bfloat16(), tmp_path)
-    problems = kernel_problems(open_checkpoint(path), "float32", "stored")
+    checkpoint = open_checkpoint(path)
+    problems = kernel_problems(checkpoint, "float32", "stored")
     assert {p.weights for p in problems if p.op == "moe"} == {"bfloat16"}
-    decision = {d.what: d for d in load_on_cpu(path).decisions}["weights"]
-    assert decision.chosen == "float32"
-    assert "op 'moe'" in decision.rejected[0][1]
-    with pytest.raises(KernelError, match="generic: has no bfloat16 weights"):
-        load_native(path)
+    decisions = {d.what: d for d in load_on_cpu(path).decisions}
+    assert decisions["weights"].chosen == "bfloat16"
+    assert decisions["kernel moe"].chosen == "native"
+    problems = kernel_problems(checkpoint, "float32", "int4")
+    assert {p.weights for p in problems if p.op == "moe"} == {"int4"}
+    router = TINY["qwen3_moe"].changes["num_experts"]
+    assert {p.weights for p in problems if p.dims.get("n") == router} == {""}

@@ -166,7 +166,7 @@ void check_linear(void* team, int format, int rows, int n, int k, bool has_min) 
 
 // One row that decodes and one that prefills, with a window or without.
 void check_attention(void* team, int heads, int kv_heads, int dim, int window, int page_size,
-                     int format) {
+                     int format, bool sinking) {
   const int context[2] = {70, 9}, fresh[2] = {1, 41}, rows = 2, tokens = 42;
   const int width = (80 + page_size - 1) / page_size;
   std::vector<int32_t> table(rows * width), starts = {0, 1, 42}, contexts = {70, 9};
@@ -221,6 +221,8 @@ void check_attention(void* team, int heads, int kv_heads, int dim, int window, i
   };
   const std::vector<float> q = normals(static_cast<size_t>(tokens) * heads * dim);
   std::vector<float> out(q.size(), NAN);
+  const std::vector<float> sinks = normals(static_cast<size_t>(heads));
+  const int64_t sink = sinking ? address(sinks.data()) : 0;
   // Row 0 is cut in two parts that are merged.
   const int begin = window ? std::max(0, 70 - window + 1) : 0, middle = (begin + 71) / 2;
   std::vector<int32_t> work = {0, 0, 1, begin, middle, 0, 0, 1, middle, 71};
@@ -235,8 +237,8 @@ void check_attention(void* team, int heads, int kv_heads, int dim, int window, i
                         static_cast<int32_t>(work.size() / 5), 2, merge, 1, 0, partials.data()};
   Instruction list[2] = {};
   list[0] = {kAttention, tokens, 0, 0, {address(q.data()), heads * dim, address(pool.data()),
-             address(out.data()), address(&spec), address(&plan)}, {}};
-  list[1] = {kMerge, tokens, 0, 0, {address(out.data()), address(&spec), address(&plan)}, {}};
+             address(out.data()), address(&spec), address(&plan), sink}, {}};
+  list[1] = {kMerge, tokens, 0, 0, {address(out.data()), address(&spec), address(&plan), sink}, {}};
   sixfold_run(team, list, 2, tokens);
   for (int token = 0; token < tokens; ++token) {
     const int row = token ? 1 : 0, position = context[row] + (token ? token - 1 : 0);
@@ -256,6 +258,7 @@ void check_attention(void* team, int heads, int kv_heads, int dim, int window, i
         weights.push_back(dot * 0.2f);
         best = std::fmax(best, dot * 0.2f);
       }
+      if (sinking) total = std::exp(sinks[static_cast<size_t>(head)] - best);
       for (double& w : weights) total += w = std::exp(w - best);
       for (int d = 0; d < dim; ++d) {
         double want = 0;
@@ -288,9 +291,9 @@ int main(int count, char** names) {
       for (int window : {0, 6, 20})
         for (int page_size : {1, 16})
           for (int format : {kF32, kBF16, kF16, kQ8}) {
-            check_attention(team, 6, 2, 16, window, page_size, format);
-            check_attention(team, 3, 3, 20, window, page_size, format);
-            check_attention(team, 8, 1, 64, window, page_size, format);
+            check_attention(team, 6, 2, 16, window, page_size, format, false);
+            check_attention(team, 3, 3, 20, window, page_size, format, true);
+            check_attention(team, 8, 1, 64, window, page_size, format, true);
           }
       sixfold_team_free(team);
     }

@@ -54,7 +54,7 @@ def run_case(
     group = KVGroup("g", KVKind.WINDOW if window else KVKind.FULL, size, slots // size, window)
     spec = AttentionSpec(
         args["q"].shape[1], kv_heads, dim, args["scale"], window, args["soft_cap"],
-        dtype=dtype, kv_dtype=kv_dtype,
+        sinks=args["sinks"] is not None, dtype=dtype, kv_dtype=kv_dtype,
     )  # fmt: skip
     refused = backend.accepts(spec, cpu_facts())
     if refused:
@@ -68,7 +68,8 @@ def run_case(
     q, k, v = (torch.from_numpy(args[name]).to(DTYPES[dtype]) for name in "qkv")
     with torch.inference_mode():
         bound = backend.bind(backend.plan(step_batch(args, "g"), group))
-        result = backend.run(bound, pool, LAYER, q, k, v, spec)
+        sinks = None if args["sinks"] is None else torch.from_numpy(args["sinks"])
+        result = backend.run(bound, pool, LAYER, q, k, v, spec, sinks)
     return result.float().numpy(), pool
 
 

@@ -133,9 +133,9 @@ def test_a_model_of_torch_operations_runs_op_by_op_and_says_why() -> None:
     assert "the model calls torch's" in decision.because
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "qwen3_moe"])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_the_dense_families_are_recorded(name: str, quantize: str | None, tmp_path: Path) -> None:
+def test_every_family_is_recorded(name: str, quantize: str | None, tmp_path: Path) -> None:
     path = save(TINY[name].model(), tmp_path)
     device = CpuDevice(cpu_facts(), threads=1)
     spec = EngineSpec(str(path), dtype="float32", max_context=64, quantize=quantize)

@@ -75,7 +75,7 @@ static const Kernels* find(const char* name) {
 #define SIXFOLD_API extern "C" __attribute__((visibility("default")))
 #endif
 
-SIXFOLD_API int sixfold_abi() { return 3; }
+SIXFOLD_API int sixfold_abi() { return 4; }
 
 SIXFOLD_API int sixfold_has_level(const char* level) { return sixfold::find(level) != nullptr; }
 

@@ -253,6 +253,12 @@ SIXFOLD_INLINE void gather_values(const AttentionSpec& s, const AttentionScratch
     values_tile<F, 1>(at.logits + i * kKeys, values, count, s.dim, at.keep + i, at.out + i * s.dim);
 }
 
+// A sink is a key that takes no value: the running softmax begins with it, once per query and head.
+SIXFOLD_INLINE void start_softmax(int64_t sinks, int head, float* best, float* total) {
+  *best = sinks ? pointer<const float>(sinks)[head] : -__builtin_inff();
+  *total = sinks ? 1.0f : 0.0f;
+}
+
 template <int F>
 static void attend_piece(const Instruction& c, const AttentionSpec& s, const AttentionPlan& plan,
                          const Piece& piece, int split, int kv_head, float* scratch) {
@@ -271,7 +277,7 @@ static void attend_piece(const Instruction& c, const AttentionSpec& s, const Att
     for (int i = 0; i < rows; ++i) {
       at.q[i] = pointer<const float>(c.a[0]) + (first_token + query + i / group) * c.a[1] +
                 (kv_head * group + i % group) * dim;
-      at.best[i] = -__builtin_inff(), at.total[i] = 0;
+      start_softmax(split < 0 ? c.a[6] : 0, kv_head * group + i % group, at.best + i, at.total + i);
     }
     for (int i = 0; i < rows * dim; ++i) at.out[i] = 0;
     const int highest = context + query + queries;  // one past the last key that anyone sees
@@ -345,11 +351,14 @@ static void merge_run(const Instruction& c, int task) {
   const int32_t* merge = plan.merges + task * 3;
   for (int head = 0; head < s.heads; ++head) {
     float* out = pointer<float>(c.a[0]) + (static_cast<int64_t>(merge[0]) * s.heads + head) * s.dim;
-    float best = -__builtin_inff(), total = 0;
+    float best, total;
+    start_softmax(c.a[3], head, &best, &total);
+    const float sink = best;
     for (int i = merge[1]; i < merge[2]; ++i) {
       const float top = plan.partials[(static_cast<int64_t>(i) * s.heads + head) * (s.dim + 2) + s.dim];
       best = top > best ? top : best;
     }
+    if (c.a[3]) total = exp_of(splat(sink - best))[0];
     for (int d = 0; d < s.dim; ++d) out[d] = 0;
     for (int i = merge[1]; i < merge[2]; ++i) {
       const float* partial =

@@ -8,12 +8,16 @@ namespace LEVEL {
 #include "pointwise.inl"
 #include "kv_pages.inl"
 #include "attention.inl"
+#include "experts.inl"
 
 static int tasks(const Instruction& c, const Step& step) {
   switch (c.op) {
     case kLinear: return linear_tasks(c, step);
     case kAttention: return attention_tasks(c, step);
     case kMerge: return merge_tasks(c, step);
+    case kSortRows: return 1;
+    case kExpertsUp: return experts_up_split(c, step).tasks();
+    case kExpertsDown: return experts_down_split(c, step).tasks();
     default: {
       const int64_t rows = c.rows < 0 ? step.tokens : c.rows;
       return static_cast<int>((rows + kRowsPerTask - 1) / kRowsPerTask);
@@ -30,6 +34,8 @@ static void run_row(const Instruction& c, int64_t t) {
     case kGate: return gate_row(c, t);
     case kQuantise: return quantise_one(c, t);
     case kKvWrite: return write_row(c, t);
+    case kRoute: return route_row(c, t);
+    case kCombine: return combine_row(c, t);
   }
 }
 
@@ -46,6 +52,9 @@ static void run(const Instruction& c, const Step& step, int task, int, float* sc
     case kLinear: return linear_run(c, step, task);
     case kAttention: return attention_run(c, task, scratch);
     case kMerge: return merge_run(c, task);
+    case kSortRows: return sort_run(c, step);
+    case kExpertsUp: return experts_up_run(c, step, task, scratch);
+    case kExpertsDown: return experts_down_run(c, step, task);
     default: return run_rows(&c, step, task);
   }
 }

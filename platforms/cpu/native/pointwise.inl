@@ -142,6 +142,7 @@ static void gate_row(const Instruction& c, int64_t t) {
 }
 
 static void quantise_one(const Instruction& c, int64_t t) {
-  quantise_row(pointer<const float>(c.a[0]) + t * c.a[1], c.a[3],
-               pointer<int8_t>(c.a[2]) + t * quantised_row_bytes(c.a[3]));
+  for (int64_t row = t * c.a[4]; row < (t + 1) * c.a[4]; ++row)
+    quantise_row(pointer<const float>(c.a[0]) + row * c.a[1], c.a[3],
+                 pointer<int8_t>(c.a[2]) + row * quantised_row_bytes(c.a[3]));
 }

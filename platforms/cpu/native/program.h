@@ -13,10 +13,16 @@ enum Op : int32_t {
                    //    shape* | eps
   kGate = 4,       // a: gate, gate stride, up, up stride, out, width, kind (0 silu, 1 gelu tanh)
   kLinear = 5,     // a: x, x stride, weight, out, out stride, quantised x or 0
-  kQuantise = 6,   // a: x, x stride, quantised x, width
+  kQuantise = 6,   // a: x, x stride, quantised x, width, rows of x for each row of work
   kKvWrite = 7,    // a: k, k stride, v, v stride, pool layer, spec*, plan
-  kAttention = 8,  // a: q, q stride, pool layer, out, spec*, plan
-  kMerge = 9,      // a: out, spec*, plan
+  kAttention = 8,  // a: q, q stride, pool layer, out, spec*, plan, sinks or 0
+  kMerge = 9,      // a: out, spec*, plan, sinks or 0
+  kRoute = 10,     // a: logits, logits stride, ids i32, factors, experts, top k, renormalise
+  kSortRows = 11,    // a: ids, entries*, places i32, tokens i32, experts, top k
+  kExpertsUp = 12,    // a: x, x stride, quantised x or 0, weights*, hidden, entries*, tokens,
+                      //    experts, top k
+  kExpertsDown = 13,  // a: hidden, quantised hidden or 0, weights*, out, entries*, experts, top k
+  kCombine = 14,      // a: expert rows, places, factors, out, width, top k
 };
 
 struct Instruction {
