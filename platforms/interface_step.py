@@ -74,9 +74,9 @@ class StepBatch:
     before any row attends; so a row may read pages that another row of the same step writes.
     Page 0 of every group is the null page: never read for its value, free to be written to.
 
-    A row of a RECURRENT group has one slot and no pages. With context_lens 0 it begins from the zero
-    state, whatever the slot holds; otherwise from what the slot holds once the moves are done. After
-    the step the slot holds the state after the row's new tokens. The slots of a step differ.
+    In a RECURRENT group a row has one slot and no pages. With context_lens 0 it begins from the
+    zero state, whatever the slot holds; otherwise from what the slot holds once the moves are done.
+    After the step the slot holds the state after the row's new tokens. The slots of a step differ.
 
     Moves take effect one after the other, in order, after the step before and before this one: one
     may copy from the target of an earlier one. A snapshot is saved by a move in the next step that

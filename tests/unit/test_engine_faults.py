@@ -13,7 +13,7 @@ from support.engine_worlds import SHAPES, crowd, talk, world
 
 from sixfold.common.cache.kv_cache import KVCache
 from sixfold.common.cache.pages import PagePool
-from sixfold.common.cache.prefix_tree import PrefixTree
+from sixfold.common.cache.prefix_tree import Match, PrefixTree
 from sixfold.common.config import EngineConfig
 from sixfold.common.errors import CacheCorrupted, EngineDied
 from sixfold.common.scheduler import sampling
@@ -111,11 +111,11 @@ def _retain_anything(self: PagePool[Any], page: int) -> None:
 def other_prompt_matches(patch: pytest.MonkeyPatch) -> None:
     original = PrefixTree.extend
 
-    def extend(self: PrefixTree, node: Any, tokens: Any, limit: int) -> list[Any]:
+    def extend(self: PrefixTree, node: Any, tokens: Any, limit: int) -> Match:
         found = original(self, node, tokens, limit)
-        if found or not limit or node is not self.root:
+        if found.nodes or not limit or node is not self.root:
             return found
-        return [n for n in node.children.values() if all(n.pages)][:1]
+        return Match([n for n in node.children.values() if all(n.pages)][:1], found.reach)
 
     patch.setattr(PrefixTree, "extend", extend)
 
@@ -139,7 +139,7 @@ def match_needs_one_window_token_less(patch: pytest.MonkeyPatch) -> None:
 
 @fault
 def match_ignores_windows(patch: pytest.MonkeyPatch) -> None:
-    def extend(self: PrefixTree, node: Any, tokens: Any, limit: int) -> list[Any]:
+    def extend(self: PrefixTree, node: Any, tokens: Any, limit: int) -> Match:
         found, size = [], self.pools[0].group.page_size
         while node.depth < limit:
             start = node.depth * size
@@ -147,7 +147,7 @@ def match_ignores_windows(patch: pytest.MonkeyPatch) -> None:
             if node is None:
                 break
             found.append(node)
-        return found
+        return Match(found, len(found))
 
     patch.setattr(PrefixTree, "extend", extend)
     patch.setattr(PrefixTree, "retain", _retain_if_there)

@@ -10,7 +10,8 @@ import pytest
 from support.engine_traffic import _nodes
 from support.mock_executor import group
 
-from sixfold.common.cache.kv_cache import KVCache, Sequence
+from sixfold.common.cache.kv_cache import KVCache
+from sixfold.common.cache.sequence import Sequence
 from sixfold.common.errors import CheckpointError, ConfigError
 from sixfold.platforms.interface_kv import I32, KVGroup, KVKind
 
@@ -30,7 +31,7 @@ def tokens(*values: int) -> I32:
 def computed(cache: KVCache, text: I32, priority: int = 0) -> Sequence:
     """A row that computed `text` in one step, sharing what there was."""
     row = cache.open()
-    nodes = cache.match(row.node, np.append(text, 99).astype(np.int32))
+    nodes = cache.match(row.node, np.append(text, 99).astype(np.int32)).nodes
     if nodes:
         cache.adopt(row, nodes, priority)
     assert cache.grow(row, cache.pages_for(len(text)) - row.pages)
@@ -46,7 +47,7 @@ def remember(cache: KVCache, text: I32, priority: int = 0) -> None:
 
 def depth(cache: KVCache, text: I32) -> int:
     """Pages of `text` that the cache would serve to a prompt that goes on after it."""
-    return len(cache.match(cache.tree.root, np.append(text, 99).astype(np.int32)))
+    return len(cache.match(cache.tree.root, np.append(text, 99).astype(np.int32)).nodes)
 
 
 # ---- matching
@@ -64,7 +65,7 @@ def test_a_prefix_matches_page_by_page() -> None:
 def test_the_last_token_is_always_left_to_compute() -> None:
     cache = cache_of()
     remember(cache, tokens(1, 2, 3))
-    assert len(cache.match(cache.tree.root, tokens(1, 2, 3))) == 2
+    assert len(cache.match(cache.tree.root, tokens(1, 2, 3)).nodes) == 2
 
 
 def test_without_prefix_cache_nothing_is_kept_or_matched() -> None:
@@ -143,7 +144,7 @@ def test_a_row_takes_only_the_window_pages_it_reads() -> None:
     cache = cache_of(FULL, group("window", 20, SIZE, window=6))
     remember(cache, tokens(1, 2, 3, 4, 5))
     row = cache.open()
-    cache.adopt(row, cache.match(row.node, tokens(1, 2, 3, 4, 5, 6)), 0)
+    cache.adopt(row, cache.match(row.node, tokens(1, 2, 3, 4, 5, 6)).nodes, 0)
     assert np.count_nonzero(cache.tables[0][row.handle]) == 5
     assert cache.tables[1][row.handle, :6].astype(bool).tolist() == [0, 0, 0, 1, 1, 0]
     assert cache.pools[1].pinned == 2
@@ -154,7 +155,7 @@ def test_a_page_that_a_row_has_begun_is_given_back_for_a_whole_one() -> None:
     remember(cache, tokens(1, 2, 3))
     row = cache.open()
     assert cache.grow(row, 1)  # begun before the other row had it
-    cache.adopt(row, cache.match(row.node, tokens(1, 2, 3, 4)), 0)
+    cache.adopt(row, cache.match(row.node, tokens(1, 2, 3, 4)).nodes, 0)
     assert (row.pages, row.node.depth) == (3, 3)
     assert [pool.pinned for pool in cache.pools] == [3, 2]
     cache.close(row)
@@ -288,9 +289,9 @@ def test_eviction_order_agrees_with_a_full_scan(eviction: str) -> None:
 # ---- guards
 
 
-@pytest.mark.parametrize("kind", [KVKind.LATENT, KVKind.COMPRESSED, KVKind.RECURRENT])
+@pytest.mark.parametrize("kind", [KVKind.LATENT, KVKind.COMPRESSED])
 def test_a_kind_that_is_not_served_is_refused_by_name(kind: KVKind) -> None:
-    with pytest.raises(CheckpointError, match=f"'{kind.value}'.*served kinds: full, window"):
+    with pytest.raises(CheckpointError, match=f"'{kind.value}'.*served kinds: full, window, rec"):
         cache_of(FULL, replace(FULL, name="other", kind=kind))
 
 
