@@ -104,7 +104,7 @@ class KVCache:
         """The next token count at which a prompt of `length` tokens should leave a snapshot, 0 for
         none: where it leaves what the tree knows (`reach`), since prompts branch there, and at the
         last boundary before its last token, for the same prompt again."""
-        if self.prefix_cache and self.states.can_save:
+        if self.recurrent and self.prefix_cache and self.states.has_room:
             for depth in (reach, (length - 1) // self.page_size):
                 if depth * self.page_size > computed:
                     return depth * self.page_size
@@ -260,6 +260,6 @@ def check_groups(groups: Many[KVGroup], max_rows: int) -> None:
             raise ConfigError(f"Cache group {group.name!r}: the window must be at least 1.")
         if group.kind is KVKind.RECURRENT and group.pages - 1 < max_rows:
             raise ConfigError(
-                f"Cache group {group.name!r} has {group.pages - 1} state slots; {max_rows} rows need "
-                f"one each, and snapshots of prefixes come on top."
+                f"Cache group {group.name!r} has {group.pages - 1} state slots; {max_rows} rows "
+                f"need one each. Raise the memory for the cache, or lower max_rows."
             )

@@ -42,10 +42,16 @@ class States:
         self._promises: list[Promise] = []
         self._moves: list[PageCopy] = []
 
+    @property
+    def has_room(self) -> bool:
+        """Whether every group has a slot that is free, or an older snapshot's. Beside fewer rows
+        than there may be, and no promise, it has."""
+        return all(self._pools[g].available for g in self._groups)
+
     # ---- working slots
 
     def open(self, handle: int) -> None:
-        """Take a slot in every group, if need be that of a snapshot; what it holds is not reset."""
+        """Take a slot in every group; what it holds is not reset. Only where `has_room`."""
         for g in self._groups:
             self._tables[g][handle, 0] = self._take(g)
 
@@ -61,14 +67,9 @@ class States:
 
     # ---- snapshots
 
-    @property
-    def can_save(self) -> bool:
-        """Whether a snapshot has room: beside those of rows, a slot is free or an older one's."""
-        return bool(self._groups) and all(self._pools[g].available for g in self._groups)
-
     def promise(self, sequence: Sequence, tokens: I32) -> None:
         """The step under construction brings `sequence` to the end of `tokens`, a page boundary:
-        `settle` enters a snapshot there. Only where `can_save`."""
+        `settle` enters a snapshot there. Only where `has_room`."""
         slots = [self._take(g) for g in self._groups]
         self._promises.append(Promise(sequence, tokens, slots))
 
@@ -110,17 +111,9 @@ class States:
 
     def _take(self, group: int) -> int:
         pool = self._pools[group]
-        while not pool.free:
-            if not self._tree.evict(group):
-                self._withdraw(group)
-        return pool.take(1)[0]
-
-    def _withdraw(self, group: int) -> None:
-        """Give up the newest promise: a row that starts needs the slot."""
-        if not self._promises:
+        if not pool.free and not self._tree.evict(group):
             raise CacheCorrupted(
-                f"Cache group {self._pools[group].group.name!r}: no slot is left for a row. This "
-                f"is a bug; report it."
+                f"Cache group {pool.group.name!r}: no slot is free or can be given up. This is a "
+                f"bug; report it."
             )
-        for g, slot in zip(self._groups, self._promises.pop().slots, strict=True):
-            self._tree.release(g, slot)
+        return pool.take(1)[0]

@@ -1,9 +1,9 @@
 """The one scheduler: which rows run in the next step, with how many tokens and which pages.
 
 Each step has a token budget. Rows that decode come first, then prompts that are under way, in
-chunks, then waiting requests, whose longest cached prefix comes from the tree. Chunks end where a
-model with recurrent layers should leave a snapshot of its state. When a decoding row can get no page, the row of lowest priority that came last gives up its pages and is computed anew
-later.
+chunks, then waiting requests, whose longest cached prefix comes from the tree. When a decoding row
+can get no page, the row of lowest priority that came last gives up its pages and is computed anew
+later. In a model with recurrent groups chunks also end where a snapshot of the state is to stand.
 
 Steps may overlap: `schedule` may be called again before the step before is `apply`ed. Devices run
 steps in order, so pages may be released, and prefixes published, as soon as a step is scheduled.
@@ -197,9 +197,13 @@ class Scheduler:
 
     def _admissions(self) -> Iterator[Row]:
         """Start waiting rows, one by one, while there is a place for a row and its whole prompt has
-        room beside the running ones. A row that does not fit holds back those behind it."""
-        root = self.cache.tree.root
-        while self.running < self._max_rows and (row := self._waiting.first()) is not None:
+        room beside the running ones. A row that does not fit holds back those behind it; so does
+        one whose slot is promised to a snapshot, until the next step."""
+        root, states = self.cache.tree.root, self.cache.states
+        while self.running < self._max_rows and states.has_room:
+            row = self._waiting.first()
+            if row is None:
+                return
             tokens = row.tokens[: row.known]
             nodes = [] if row.scores_prompt else self.cache.match(root, tokens).nodes
             if self._running and not self._fits(row, nodes):

@@ -18,9 +18,7 @@ RECURRENT_SHAPES = ((STATE,), (0, STATE), (STATE, 0, 2), (2, STATE), (0, STATE, 
 SHAPES = ((0,), (0, 1), (0, 2), (0, 3), (2,), (0, 0), (0, 2, 4), *RECURRENT_SHAPES)
 
 
-def world(
-    size: int, shape: tuple[int, ...], slack: int, context: int, **info: int
-) -> ExecutorInfo:
+def world(size: int, shape: tuple[int, ...], slack: int, context: int, **info: int) -> ExecutorInfo:
     """`slack`: how many pages there are beyond what the longest request needs alone, and how many
     state slots beyond one per row."""
     longest = -(-context // size)
