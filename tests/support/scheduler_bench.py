@@ -1,4 +1,4 @@
-"""A scheduler over a device that always samples the same token, for tests of the steps it builds."""
+"""A scheduler over a device that always samples the same token, to look at the steps it builds."""
 
 from __future__ import annotations
 
