@@ -10,11 +10,13 @@ import pytest
 from support.engine_traffic import Arrival, Wrong, compare, run, serve
 from support.engine_worlds import TOKENS
 from support.mock_executor import MockExecutor, group, mock_info, state
+from support.mock_model import scan
 from support.scheduler_bench import Bench, lengths
 
 from sixfold.common.config import EngineConfig
 from sixfold.common.engine import Engine
 from sixfold.common.errors import ConfigError
+from sixfold.common.messages import AddRequest
 from sixfold.common.sampling import SamplingParams
 from sixfold.platforms.interface_step import PageCopy, StepBatch
 
@@ -324,11 +326,23 @@ def test_states_alone_bound_nothing_but_the_length() -> None:
     assert bench.outputs[-1].finish_reason == "length"
 
 
+def test_the_load_shows_slots_of_rows_and_snapshots() -> None:
+    info = mock_info((FULL, STATE))
+    engine = Engine(MockExecutor(info), info, EngineConfig(overlap=False), frozenset())
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    engine.add(AddRequest(request_id="a", prompt_ids=SHARED[:10], params=params))
+    engine.step()
+    assert engine.stats().pages["state"] == [14, 1, 1, 16]  # free, snapshots, of rows, all
+    while engine.has_work:
+        engine.step()
+    assert engine.stats().pages["state"] == [15, 1, 0, 16]
+
+
 # ---- the tests above can fail
 
 
 class Forgetful(MockExecutor):
-    """Leaves out the restores (`what` "restore"), the saves, or none."""
+    """Leaves out the restores, the saves, or the zero state of a row that begins."""
 
     what = ""
 
@@ -342,10 +356,16 @@ class Forgetful(MockExecutor):
         object.__setattr__(batch, "moves", tuple(moves))
         super().submit(batch)
 
+    def _advance(self, store: Any, values: Any, slot: int, new: Any) -> Any:
+        if self.what == "zero" and not new[0]:
+            return scan(store[slot], values)
+        return super()._advance(store, values, slot, new)
 
-@pytest.mark.parametrize("what", ["restore", "save"])
+
+@pytest.mark.parametrize(("what", "wrong"), [("restore", 2), ("save", 2), ("zero", 0)])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_copy_left_out_changes_the_tokens(model: str, what: str) -> None:
+def test_what_is_left_out_changes_the_tokens(model: str, what: str, wrong: int) -> None:
+    """The third request goes on from a snapshot; the first begins in a slot full of nonsense."""
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     prompts = [SHARED + TOKENS[i][20:25] for i in (0, 1, 2)]
     arrivals = [Arrival(40 * i, prompt, params) for i, prompt in enumerate(prompts)]
@@ -354,10 +374,10 @@ def test_a_copy_left_out_changes_the_tokens(model: str, what: str) -> None:
         executor = Forgetful(info)
         executor.what = fault
         heard = run(Engine(executor, info, EngineConfig(), frozenset({0})), arrivals)
-        compare(arrivals[:2], heard[:2], info)
         assert heard[2].cached == 16
-        if fault:
-            with pytest.raises(Wrong):
-                compare(arrivals[2:], heard[2:], info)
-        else:
+        if not fault:
             compare(arrivals, heard, info)
+            continue
+        compare(arrivals[:wrong], heard[:wrong], info)
+        with pytest.raises(Wrong):
+            compare(arrivals[wrong : wrong + 1], heard[wrong : wrong + 1], info)
