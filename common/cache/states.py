@@ -34,7 +34,9 @@ class States:
     """Working slots are in column 0 of the groups' tables. A model without recurrent groups has no
     states, and every method then does nothing."""
 
-    def __init__(self, groups: list[int], pools: Many[Pool], tree: PrefixTree, tables: Many[I32]):
+    def __init__(
+        self, groups: list[int], pools: Many[Pool], tree: PrefixTree, tables: Many[I32]
+    ) -> None:
         self._groups = groups
         self._pools = pools
         self._tree = tree
