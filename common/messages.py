@@ -84,7 +84,7 @@ class EngineStats(Message):
 
     waiting: int
     running: int
-    pages: dict[str, list[int]]  # group -> [free, evictable, pinned, total]
+    pages: dict[str, list[int]]  # group -> [free, evictable, pinned, total], of pages or slots
     steps: int
     prompt_tokens: int  # computed, without cached ones
     cached_tokens: int

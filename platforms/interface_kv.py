@@ -14,8 +14,9 @@ I32 = NDArray[np.int32]
 
 
 class KVKind(Enum):
-    """FULL keeps every token; WINDOW only the last `window`. The rest have their place in the
-    contract and no scheduler support yet: a model that needs one is refused at load."""
+    """FULL keeps every token; WINDOW only the last `window`; RECURRENT one state of fixed size per
+    sequence (gated delta nets, convolution tails, Mamba). LATENT and COMPRESSED have their place in
+    the contract and no scheduler support yet: a model that needs one is refused at load."""
 
     FULL = "full"
     WINDOW = "window"
@@ -42,14 +43,20 @@ class CacheNeed:
 
 @dataclass(frozen=True, slots=True)
 class KVGroup:
-    """All that the scheduler knows of a group."""
+    """All that the scheduler knows of a group.
+
+    A page of a RECURRENT group is a *slot*: the state of one sequence in all its layers. A slot is
+    the working state of a row, or a snapshot of the state at a page boundary, from which other
+    rows go on. There are at least `max_rows` slots beside the null slot, so that every row has one;
+    what there is beyond them, and what idle rows leave, holds snapshots.
+    """
 
     name: str
     kind: KVKind
-    page_size: int  # tokens per page, equal in all groups of a model
+    page_size: int  # tokens per page, equal in all groups of a model; where snapshots can stand
     pages: int  # including the null page 0
     window: int = 0
-    bytes_per_page: int = 0  # over all layers of the group
+    bytes_per_page: int = 0  # over all layers of the group; of one slot where RECURRENT
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ class Want(IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class PageCopy:
-    """Copy one page inside a cache group, before the step runs."""
+    """Copy one page, or one slot of a RECURRENT group, inside a group before the step runs."""
 
     group: str
     source: int
@@ -73,6 +73,15 @@ class StepBatch:
     Guarantee that executors give: within a step, and per layer, all new keys and values are written
     before any row attends; so a row may read pages that another row of the same step writes.
     Page 0 of every group is the null page: never read for its value, free to be written to.
+
+    In a RECURRENT group a row has one slot and no pages. With context_lens 0 it begins from the
+    zero state, whatever the slot holds; otherwise from what the slot holds once the moves are done.
+    After the step the slot holds the state after the row's new tokens. The slots of a step differ.
+
+    Moves take effect one after the other, in order, after the step before and before this one: one
+    may copy from the target of an earlier one. A snapshot is saved by a move in the next step that
+    is scheduled, even if the row is not in it or has ended; it is restored, into a row's slot, by a
+    move in that row's own step or an earlier one.
     """
 
     step: int
@@ -80,10 +89,11 @@ class StepBatch:
     token_ids: I32  # (T,) LAST_TOKEN = what this row sampled last
     query_start: I32  # (R+1,)
     context_lens: I32  # (R,) tokens already in the cache before this step
-    page_tables: Mapping[str, I32]  # group -> (R, P); 0 = padding, or released by a window group
+    # FULL and WINDOW groups -> (R, P); 0 = padding, or released by a window group
+    page_tables: Mapping[str, I32]
     want: U8  # (R,) Want flags
     sampling: SamplingArrays
-    state_slots: Mapping[str, I32] = field(default_factory=dict)  # recurrent groups: (R,)
+    state_slots: Mapping[str, I32] = field(default_factory=dict)  # RECURRENT groups -> (R,)
     moves: tuple[PageCopy, ...] = ()
     grammar_mask: U32 | None = None  # (R, ceil(V/32)), bit set = allowed
     prompt_targets: I32 | None = None  # (T,) the next prompt token of each position, -1 = none

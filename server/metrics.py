@@ -38,9 +38,15 @@ class _EngineCollector(Collector):
         yield _gauge("num_requests_running", "Sequences in the running batch.", stats.running)
         yield _gauge("num_requests_waiting", "Sequences waiting for a place.", stats.waiting)
         usage = GaugeMetricFamily(
-            "sixfold_kv_cache_usage_ratio", "Pages in use, 0 to 1.", labels=["group"]
+            "sixfold_kv_cache_usage_ratio",
+            "Pages in use, 0 to 1; slots where a group is recurrent.",
+            labels=["group"],
         )
-        pages = GaugeMetricFamily("sixfold_kv_cache_pages", "Pages.", labels=["group", "state"])
+        pages = GaugeMetricFamily(
+            "sixfold_kv_cache_pages",
+            "Pages; slots where a group is recurrent, cached ones being snapshots.",
+            labels=["group", "state"],
+        )
         for group, (free, evictable, pinned, total) in stats.pages.items():
             usage.add_metric([group], pinned / total if total else 0.0)
             for state, count in (("free", free), ("cached", evictable), ("in_use", pinned)):

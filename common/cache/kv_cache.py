@@ -10,24 +10,14 @@ import numpy as np
 from ...platforms.interface_kv import I32, KVGroup, KVKind
 from ..errors import CacheCorrupted, CheckpointError, ConfigError
 from .pages import PagePool
-from .prefix_tree import Node, PrefixTree
-
-
-class Sequence:
-    """What one running row holds: a handle (its line in the page tables), `pages` slots of every
-    group, of which those before `first[group]` are released, and its place in the tree."""
-
-    __slots__ = ("first", "handle", "node", "pages")
-
-    def __init__(self, handle: int, groups: int, root: Node) -> None:
-        self.handle = handle
-        self.pages = 0
-        self.first = [0] * groups
-        self.node = root
+from .prefix_tree import Match, Node, PrefixTree
+from .sequence import Sequence
+from .states import States
 
 
 class KVCache:
-    """Pools, tables and tree of all groups. `tables[g]` is (max_rows, P) int32, 0 = no page."""
+    """Pools, tables and tree of all groups. `tables[g]` is (max_rows, P) int32, 0 = no page; of a
+    recurrent group (max_rows, 1), the working slots. All other groups are `paged`."""
 
     def __init__(
         self,
@@ -37,14 +27,21 @@ class KVCache:
         prefix_cache: bool = True,
         eviction: str = "lru",
     ) -> None:
-        check_groups(groups)
+        check_groups(groups, max_rows)
         self.groups = tuple(groups)
         self.page_size = groups[0].page_size
         self.prefix_cache = prefix_cache
         self.pools: list[PagePool[Node]] = [PagePool(group) for group in groups]
         self.tree = PrefixTree(self.pools, eviction)
-        slots = -(-max_context // self.page_size)
-        self.tables: list[I32] = [np.zeros((max_rows, slots), np.int32) for _ in groups]
+        self.recurrent = [g for g, group in enumerate(groups) if group.kind is KVKind.RECURRENT]
+        self.paged = [g for g in range(len(groups)) if g not in self.recurrent]
+        self._width = -(-max_context // self.page_size)
+        self.tables: list[I32] = [
+            np.zeros((max_rows, 1 if g in self.recurrent else self._width), np.int32)
+            for g in range(len(groups))
+        ]
+        self.states = States(self.recurrent, self.pools, self.tree, self.tables)
+        self._max_rows = max_rows
         self._handles = list(range(max_rows - 1, -1, -1))
         self._windows = [g for g, group in enumerate(groups) if group.kind is KVKind.WINDOW]
 
@@ -54,7 +51,7 @@ class KVCache:
         return -(-tokens // self.page_size)
 
     def pages_alone(self, group: int, tokens: int) -> int:
-        """Pages of `group` that a sequence of `tokens` holds at most, computed one by one."""
+        """Pages of a paged group that a sequence of `tokens` holds at most, computed one by one."""
         spec, pages = self.groups[group], self.pages_for(tokens)
         if spec.kind is KVKind.FULL:
             return pages
@@ -67,15 +64,16 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Tokens of the longest sequence that fits into the pools alone."""
-        capacity = self.tables[0].shape[1] * self.page_size
-        for g, pool in enumerate(self.pools):
-            if self.pages_alone(g, capacity) > pool.total:
-                capacity = pool.total * self.page_size
+        capacity = self._width * self.page_size
+        for g in self.paged:
+            if self.pages_alone(g, capacity) > self.pools[g].total:
+                capacity = self.pools[g].total * self.page_size
         return capacity
 
     def room(self) -> int:
-        """Pages that can be had now in every group."""
-        return min(pool.available for pool in self.pools)
+        """Pages that can be had now in every group. States alone bound nothing but the length."""
+        pages = (self.pools[g].available for g in self.paged)
+        return min(pages, default=self._max_rows * self._width)
 
     # ---- a sequence's life
 
@@ -84,16 +82,36 @@ class KVCache:
             raise CacheCorrupted("More sequences were opened than rows exist. This is a bug.")
         sequence = Sequence(self._handles.pop(), len(self.groups), self.tree.root)
         self.tree.attach(sequence.node)
+        self.states.open(sequence.handle)
         return sequence
 
-    def match(self, node: Node, tokens: I32) -> list[Node]:
-        """Nodes below `node` that serve more of `tokens`; the last token is left to compute."""
+    def match(self, node: Node, tokens: I32) -> Match:
+        """What the tree has of `tokens` below `node`; the last token is left to compute."""
         if not self.prefix_cache:
-            return []
+            return Match([], 0)
         return self.tree.extend(node, tokens, (len(tokens) - 1) // self.page_size)
 
+    def awaits(self, sequence: Sequence, tokens: I32, computed: int) -> bool:
+        """Whether the step under construction will leave a state from which `sequence` can go on
+        later than from where it is (`computed`) or could be now."""
+        promised = self.states.promised(tokens)
+        if promised <= computed:
+            return False
+        nodes = self.match(sequence.node, tokens).nodes
+        return not nodes or nodes[-1].depth * self.page_size < promised
+
+    def next_snapshot(self, length: int, computed: int, reach: int) -> int:
+        """The next token count at which a prompt of `length` tokens should leave a snapshot, 0 for
+        none: where it leaves what the tree knows (`reach`), since prompts branch there, and at the
+        last boundary before its last token, for the same prompt again."""
+        if self.recurrent and self.prefix_cache and self.states.has_room:
+            for depth in (reach, (length - 1) // self.page_size):
+                if depth * self.page_size > computed:
+                    return depth * self.page_size
+        return 0
+
     def unused(self, group: int, nodes: Many[Node]) -> int:
-        """How many evictable pages of `group` adopting `nodes` would pin."""
+        """How many evictable pages of a paged group adopting `nodes` would pin."""
         if not nodes:
             return 0
         first = self.tree.first_needed(group, nodes[-1].depth)
@@ -101,15 +119,16 @@ class KVCache:
         return sum(1 for n in nodes if n.depth > first and rows(n.pages[group]) == 0)
 
     def adopt(self, sequence: Sequence, nodes: Many[Node], priority: int) -> None:
-        """Continue `sequence` after its node with matched pages; a page of its own that it has
-        begun there is given back."""
+        """Continue `sequence` after its node with matched pages and state; a page of its own that
+        it has begun there is given back."""
         self.tree.tick()
         start, end = sequence.node.depth, nodes[-1].depth
-        for g, table in enumerate(self.tables):
+        for g in self.paged:
             self._release(sequence, g, start, sequence.pages)
             first = max(start, self.tree.first_needed(g, end))
-            needed = nodes[first - start :]
-            table[sequence.handle, first:end] = [self.tree.retain(g, node) for node in needed]
+            needed = [self.tree.retain(g, node) for node in nodes[first - start :]]
+            self.tables[g][sequence.handle, first:end] = needed
+        self.states.restore(sequence.handle, nodes[-1])
         for node in nodes:
             node.hits += 1
             node.priority = max(node.priority, priority)
@@ -121,7 +140,8 @@ class KVCache:
         """Add `count` fresh pages in every group, giving up cached ones; all or nothing."""
         if self.room() < count:
             return False
-        for g, pool in enumerate(self.pools):
+        for g in self.paged:
+            pool = self.pools[g]
             while pool.free < count:
                 if not self.tree.evict(g):
                     raise CacheCorrupted(
@@ -129,8 +149,8 @@ class KVCache:
                         f"evictable and none can be given up. This is a bug; report it."
                     )
         start, end = sequence.pages, sequence.pages + count
-        for table, pool in zip(self.tables, self.pools, strict=True):
-            table[sequence.handle, start:end] = pool.take(count)
+        for g in self.paged:
+            self.tables[g][sequence.handle, start:end] = self.pools[g].take(count)
         sequence.pages = end
         return True
 
@@ -161,7 +181,9 @@ class KVCache:
             key = tokens[index * size : (index + 1) * size].tobytes()
             child = node.children.get(key)
             if child is None:
-                mine = [int(table[sequence.handle, index]) for table in self.tables]
+                mine = [0] * len(self.groups)
+                for g in self.paged:
+                    mine[g] = int(self.tables[g][sequence.handle, index])
                 child = self.tree.add(node, key, mine)
             elif may_swap:
                 self._swap(sequence, child, index)
@@ -174,9 +196,10 @@ class KVCache:
     def close(self, sequence: Sequence) -> None:
         """Release all that the sequence holds; the tree keeps what was published."""
         self.tree.tick()
-        for g, table in enumerate(self.tables):
+        for g in self.paged:
             self._release(sequence, g, sequence.first[g], sequence.pages)
-            table[sequence.handle] = 0
+            self.tables[g][sequence.handle] = 0
+        self.states.close(sequence.handle)
         self.tree.detach(sequence.node)
         self._handles.append(sequence.handle)
 
@@ -195,7 +218,8 @@ class KVCache:
             sequence.node = node
 
     def _swap(self, sequence: Sequence, node: Node, index: int) -> None:
-        for g, table in enumerate(self.tables):
+        for g in self.paged:
+            table = self.tables[g]
             mine, theirs = int(table[sequence.handle, index]), node.pages[g]
             if not mine or mine == theirs:
                 continue
@@ -213,15 +237,15 @@ class KVCache:
         line[start:end] = 0
 
 
-def check_groups(groups: Many[KVGroup]) -> None:
+def check_groups(groups: Many[KVGroup], max_rows: int) -> None:
     """Raises CheckpointError for a kind that is not served, ConfigError for impossible sizes."""
     if not groups:
         raise ConfigError("The executor reports no cache group; a model needs at least one.")
     for group in groups:
-        if group.kind not in (KVKind.FULL, KVKind.WINDOW):
+        if group.kind not in (KVKind.FULL, KVKind.WINDOW, KVKind.RECURRENT):
             raise CheckpointError(
                 f"The model needs a cache group of kind {group.kind.value!r} ({group.name!r}), "
-                f"which the scheduler does not serve; served kinds: full, window."
+                f"which the scheduler does not serve; served kinds: full, window, recurrent."
             )
         if group.page_size < 1 or group.page_size != groups[0].page_size:
             raise ConfigError(
@@ -234,3 +258,8 @@ def check_groups(groups: Many[KVGroup]) -> None:
             )
         if group.kind is KVKind.WINDOW and group.window < 1:
             raise ConfigError(f"Cache group {group.name!r}: the window must be at least 1.")
+        if group.kind is KVKind.RECURRENT and group.pages - 1 < max_rows:
+            raise ConfigError(
+                f"Cache group {group.name!r} has {group.pages - 1} state slots; {max_rows} rows "
+                f"need one each. Raise the memory for the cache, or lower max_rows."
+            )

@@ -3,7 +3,8 @@ what is given up first.
 
 A node stands for one page of tokens after its parent's; per group it has the page that holds their
 keys and values, or none (0). A FULL group's page lives as long as its node; a WINDOW group's page
-can be given up alone, since a match needs only the pages of the last `window - 1` tokens.
+can be given up alone, since a match needs only the pages of the last `window - 1` tokens. So can a
+RECURRENT group's: a snapshot of the state after the node's tokens, which is all that a match needs.
 
 Rows attach to the deepest node of their own prefix. A node with children or attached rows stays, so
 every FULL page without a row can be given up leaf by leaf.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 from ...platforms.interface_kv import I32, KVKind
 from .pages import PagePool
@@ -61,16 +63,27 @@ POLICIES: dict[str, Callable[[Node, int], Key]] = {
 Pool = PagePool[Node]
 
 
+class Match(NamedTuple):
+    """`nodes` can serve the next tokens; the tree knows the tokens down to depth `reach`, which is
+    deeper where some group lacks what a row would need there."""
+
+    nodes: list[Node]
+    reach: int
+
+
 class PrefixTree:
     """Owns the nodes; the pools own the pages' accounting."""
 
     def __init__(self, pools: Sequence[Pool], policy: str) -> None:
         self.pools = pools
+        self.page_size = pools[0].group.page_size
         self.root = Node(None, b"", len(pools), 0)
         self._policy = POLICIES[policy]
         self._kinds = [pool.group.kind for pool in pools]
         full = [g for g, kind in enumerate(self._kinds) if kind is KVKind.FULL]
         self._full = full[0] if full else None  # all FULL groups share the heap of the first
+        self._windows = [g for g, kind in enumerate(self._kinds) if kind is KVKind.WINDOW]
+        self._recurrent = [g for g, kind in enumerate(self._kinds) if kind is KVKind.RECURRENT]
         self._heaps: list[list[tuple[Key, int, int, Node]]] = [[] for _ in pools]
         self._serial = 0
         self._clock = 0
@@ -82,17 +95,18 @@ class PrefixTree:
     # ---- matching
 
     def first_needed(self, group: int, depth: int) -> int:
-        """The first page that a row standing at the boundary after `depth` pages still reads."""
+        """The first page of a FULL or WINDOW group that a row standing at the boundary after
+        `depth` pages still reads."""
         spec = self.pools[group].group
         if spec.kind is KVKind.FULL:
             return 0
         return max(0, depth * spec.page_size - spec.window + 1) // spec.page_size
 
-    def extend(self, node: Node, tokens: I32, limit: int) -> list[Node]:
-        """The nodes below `node` that continue `tokens` (the whole sequence, int32), at most down
-        to depth `limit`, as deep as every group can serve a row that has what `node` needs."""
-        size = self.pools[0].group.page_size
-        windows = [g for g, kind in enumerate(self._kinds) if kind is KVKind.WINDOW]
+    def extend(self, node: Node, tokens: I32, limit: int) -> Match:
+        """What continues `tokens` (the whole sequence, int32) below `node`, at most down to depth
+        `limit`, for a row that has what `node` needs."""
+        size = self.page_size
+        windows, recurrent = self._windows, self._recurrent
         gaps = [0] * len(self.pools)  # depth just after the last page that is missing
         found: list[Node] = []
         served = 0
@@ -105,10 +119,12 @@ class PrefixTree:
             for g in windows:
                 if not child.pages[g]:
                     gaps[g] = child.depth
-            if all(self.first_needed(g, child.depth) >= gaps[g] for g in windows):
+            if all(self.first_needed(g, child.depth) >= gaps[g] for g in windows) and all(
+                child.pages[g] for g in recurrent
+            ):
                 served = len(found)
             node = child
-        return found[:served]
+        return Match(found[:served], node.depth)
 
     # ---- growing
 
@@ -143,6 +159,11 @@ class PrefixTree:
         node.used[group] = self._clock
         return page
 
+    def touch(self, group: int, node: Node) -> int:
+        """A row reads the node's page once and does not keep it; returns the page."""
+        node.used[group] = self._clock
+        return node.pages[group]
+
     def release(self, group: int, page: int) -> None:
         """A row gives back a page, its own or the tree's."""
         pool = self.pools[group]
@@ -150,21 +171,21 @@ class PrefixTree:
         node = pool.holder(page)
         if node is not None:
             node.used[group] = self._clock
-            if self._kinds[group] is KVKind.WINDOW:
+            if self._kinds[group] is not KVKind.FULL:
                 self._queue(group, node)
 
     # ---- giving up
 
     def evict(self, group: int) -> bool:
         """Free at least one page of `group`; False when none can be given up."""
-        windowed = self._kinds[group] is KVKind.WINDOW
-        heap_group = group if windowed else self._full
+        alone = self._kinds[group] is not KVKind.FULL
+        heap_group = group if alone else self._full
         if heap_group is None:
             return False
         node = self._pop(heap_group)
         if node is None:
             return False
-        if windowed:
+        if alone:
             self._drop(node, group)
             self._prune(node)
         else:
@@ -188,7 +209,7 @@ class PrefixTree:
         page = node.pages[group]
         if not page or self.pools[group].holder(page) is not node or self.pools[group].rows(page):
             return False
-        return self._kinds[group] is KVKind.WINDOW or self._removable(node)
+        return self._kinds[group] is not KVKind.FULL or self._removable(node)
 
     def _queue(self, group: int, node: Node) -> None:
         if not node.queued[group] and self._evictable(group, node):

@@ -8,7 +8,8 @@ import numpy as np
 
 from ...platforms.interface_kv import I32
 from ...platforms.interface_step import LAST_TOKEN, StepBatch, Want
-from ..cache.kv_cache import KVCache, Sequence
+from ..cache.kv_cache import KVCache
+from ..cache.sequence import Sequence
 from ..errors import CacheCorrupted
 from .row import Row
 from .sampling import SamplingBuilder
@@ -44,16 +45,19 @@ class BatchBuilder:
         np.cumsum(counts, out=query_start[1:])
         handles = np.array([sequence.handle for sequence in sequences], np.int32)
         pages = max(sequence.pages for sequence in sequences)
-        groups = zip(self._cache.groups, self._cache.tables, strict=True)
+        cache = self._cache
+        names = [group.name for group in cache.groups]
         return StepBatch(
             step=step,
             row_ids=handles,
             token_ids=_tokens(parts, int(query_start[-1])),
             query_start=query_start,
             context_lens=starts,
-            page_tables={group.name: table[handles, :pages] for group, table in groups},
+            page_tables={names[g]: cache.tables[g][handles, :pages] for g in cache.paged},
             want=np.array([_want(part) for part in parts], np.uint8),
             sampling=self._sampling.build(rows, (starts + counts).astype(np.int64)),
+            state_slots={names[g]: cache.tables[g][handles, 0] for g in cache.recurrent},
+            moves=cache.states.take_moves(),
             prompt_targets=_targets(parts, query_start),
         )
 

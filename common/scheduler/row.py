@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...platforms.interface_kv import I32
-from ..cache.kv_cache import Sequence
+from ..cache.sequence import Sequence
 from ..messages import AddRequest, TokenLogprobs
 
 F32 = NDArray[np.float32]

@@ -3,7 +3,7 @@
 Each step has a token budget. Rows that decode come first, then prompts that are under way, in
 chunks, then waiting requests, whose longest cached prefix comes from the tree. When a decoding row
 can get no page, the row of lowest priority that came last gives up its pages and is computed anew
-later.
+later. In a model with recurrent groups chunks also end where a snapshot of the state is to stand.
 
 Steps may overlap: `schedule` may be called again before the step before is `apply`ed. Devices run
 steps in order, so pages may be released, and prefixes published, as soon as a step is scheduled.
@@ -140,6 +140,7 @@ class Scheduler:
                 part.row.in_flight += 1
                 part.row.decoding = True
             self._publish(part.row)
+        self.cache.states.settle()
         self.cache.check()
         return batch
 
@@ -176,10 +177,18 @@ class Scheduler:
         """Chunks of prompts, those under way first; `planned` tokens of the budget are spent."""
         budget = self._info.max_step_tokens - planned
         parts: list[Part] = []
-        for row in [row for row in self._running if not row.decoding]:
-            budget -= self._chunk(row, budget, parts)
+        under_way = [row for row in self._running if not row.decoding]
+        if self.cache.recurrent:
+            # Before any of them leaves a snapshot, maybe in the slot of one that another waits for.
+            for row in under_way:
+                self._serve(row)
+        for row in under_way:
+            if not self._awaits(row):
+                budget -= self._chunk(row, budget, parts)
         admissions = self._admissions()
         while budget > 0 and (new := next(admissions, None)) is not None:
+            if self._awaits(new):
+                continue
             taken = self._chunk(new, budget, parts)
             if not taken:
                 break
@@ -188,10 +197,15 @@ class Scheduler:
 
     def _admissions(self) -> Iterator[Row]:
         """Start waiting rows, one by one, while there is a place for a row and its whole prompt has
-        room beside the running ones. A row that does not fit holds back those behind it."""
-        root = self.cache.tree.root
-        while self.running < self._max_rows and (row := self._waiting.first()) is not None:
-            nodes = [] if row.scores_prompt else self.cache.match(root, row.tokens[: row.known])
+        room beside the running ones. A row that does not fit holds back those behind it; so does
+        one whose slot is promised to a snapshot, until the next step."""
+        root, states = self.cache.tree.root, self.cache.states
+        while self.running < self._max_rows and states.has_room:
+            row = self._waiting.first()
+            if row is None:
+                return
+            tokens = row.tokens[: row.known]
+            nodes = [] if row.scores_prompt else self.cache.match(root, tokens).nodes
             if self._running and not self._fits(row, nodes):
                 return
             self._waiting.pop()
@@ -205,11 +219,17 @@ class Scheduler:
         cache = self.cache
         under_way = [(r.known, held(r).pages) for r in self._running if not r.decoding]
         under_way.append((row.known, len(nodes)))
-        for g, pool in enumerate(cache.pools):
+        for g in cache.paged:
             needed = sum(cache.pages_ahead(g, tokens, have) for tokens, have in under_way)
-            if pool.available - cache.unused(g, nodes) < needed + self.running:
+            if cache.pools[g].available - cache.unused(g, nodes) < needed + self.running:
                 return False
         return True
+
+    def _awaits(self, row: Row) -> bool:
+        """Whether a row before it in this step computes what it needs, and leaves a snapshot that
+        can be gone on from in the next. It waits only beside a row that gets on."""
+        tokens = row.tokens[: row.known]
+        return not row.scores_prompt and self.cache.awaits(held(row), tokens, row.computed)
 
     def _chunk(self, row: Row, budget: int, parts: list[Part]) -> int:
         """Add to `parts` as much of a prompt as budget and pages allow, after whatever the tree has
@@ -217,13 +237,10 @@ class Scheduler:
         page, so that rows with equal prompts do not compute parts of the same page; only the
         first of a step may do otherwise, lest a small budget bring none on."""
         sequence, size = held(row), self.cache.page_size
-        if not row.scores_prompt:
-            nodes = self.cache.match(sequence.node, row.tokens[: row.known])
-            if nodes:
-                self._adopt(row, nodes)
+        snapshot = self._serve(row)
         decoding = sum(1 for r in self._running if r.decoding)  # leave a page for each
         room = sequence.pages + max(0, self.cache.room() - decoding)
-        end = min(row.known, row.computed + budget, room * size)
+        end = min(snapshot or row.known, row.computed + budget, room * size)
         if end < row.known and (parts or end // size * size > row.computed):
             end = end // size * size
         more = max(0, self.cache.pages_for(end) - sequence.pages)
@@ -232,7 +249,19 @@ class Scheduler:
         parts.append(self._take(row, end - row.computed))
         # At once, so that the next row of this very step can share the pages.
         self.cache.publish(sequence, row.tokens[:end], row.priority, may_swap=False)
+        if end == snapshot:
+            self.cache.states.promise(sequence, row.tokens[:end])
         return parts[-1].count
+
+    def _serve(self, row: Row) -> int:
+        """Take over what the tree has of a prompt by now; returns the token count at which to leave
+        the next snapshot, 0 for none. A prompt that is scored neither finds nor leaves any."""
+        if row.scores_prompt:
+            return 0
+        nodes, reach = self.cache.match(held(row).node, row.tokens[: row.known])
+        if nodes:
+            self._adopt(row, nodes)
+        return self.cache.next_snapshot(row.known, row.computed, reach)
 
     def _adopt(self, row: Row, nodes: list[Node]) -> None:
         sequence = held(row)

@@ -100,10 +100,11 @@ class ModelRunner:
         )
 
     def _move(self, batch: StepBatch) -> None:
-        for group in self._groups:
-            moves = [move for move in batch.moves if move.group == group.group.name]
-            if moves:
-                group.pool.copy([m.source for m in moves], [m.target for m in moves])
+        """One by one: a move may copy from the target of an earlier one, `copy` reads first."""
+        if batch.moves:
+            pools = {group.group.name: group.pool for group in self._groups}
+            for move in batch.moves:
+                pools[move.group].copy([move.source], [move.target])
 
     def _token_ids(self, batch: StepBatch) -> Tensor:
         tokens = self._device.to_device(batch.token_ids.astype(np.int64))

@@ -94,6 +94,7 @@ def run(engine: Engine, arrivals: list[Arrival], audit: bool = True) -> list[Hea
             heard[output.request_id].take(output)
         if audit:
             audit_cache(engine)
+            spoil_free_slots(engine)
         step += 1
         if step > patience:
             raise Wrong(f"the engine makes no progress: {engine.stats()}")
@@ -180,6 +181,19 @@ def audit_cache(engine: Engine) -> None:
     attached = Counter(id(sequence.node) for sequence in sequences)
     if any(node.rows != attached[id(node)] for node in nodes):
         raise Wrong("a node counts rows that are not there")
+
+
+def spoil_free_slots(engine: Engine) -> None:
+    """What a free slot of a recurrent group holds is nobody's, but for copies still owed of it."""
+    cache, executor = engine._scheduler.cache, engine._executor
+    if cache.states._promises:
+        raise Wrong("a snapshot is promised and no step is being built")
+    if engine._scheduler.in_flight or not isinstance(executor, MockExecutor):
+        return
+    owed = {(move.group, move.source) for move in cache.states._moves}
+    for g in cache.recurrent:
+        pool = cache.pools[g]
+        executor.spoil(g, [s for s in pool._free if (pool.group.name, s) not in owed])
 
 
 def _nodes(cache: KVCache) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from support.engine_traffic import EOS, Arrival, draw
-from support.mock_executor import group, mock_info
+from support.mock_executor import group, mock_info, state
 from support.mock_model import alone
 
 from sixfold.common.sampling import SamplingParams
@@ -12,17 +12,21 @@ from sixfold.platforms.interface import ExecutorInfo
 
 VOCAB = 32
 TOKENS = np.random.default_rng(7).integers(1, VOCAB, (3, 2048)).tolist()
-# Windows in tokens of the groups, 0 = full attention; relative to the page size in `world`.
-SHAPES = ((0,), (0, 1), (0, 2), (0, 3), (2,), (0, 0), (0, 2, 4))
+# Groups: windows in tokens, relative to the page size in `world`; 0 = full attention.
+STATE = 5  # a recurrent group
+RECURRENT_SHAPES = ((STATE,), (0, STATE), (STATE, 0, 2), (2, STATE), (0, STATE, STATE))
+SHAPES = ((0,), (0, 1), (0, 2), (0, 3), (2,), (0, 0), (0, 2, 4), *RECURRENT_SHAPES)
 
 
-def world(
-    size: int, shape: tuple[int, ...], slack: int, context: int, **info: object
-) -> ExecutorInfo:
-    """`slack`: how many pages there are beyond what the longest request needs alone."""
+def world(size: int, shape: tuple[int, ...], slack: int, context: int, **info: int) -> ExecutorInfo:
+    """`slack`: how many pages there are beyond what the longest request needs alone, and how many
+    state slots beyond one per row."""
     longest = -(-context // size)
     groups = []
     for i, kind in enumerate(shape):
+        if kind == STATE:
+            groups.append(state(f"g{i}", info.get("max_rows", 8) + slack, size))
+            continue
         window = {0: 0, 1: 1, 2: size + 1, 3: 2 * size, 4: max(2, size // 2)}[kind]
         least = min(longest, (window + size - 2) // size + 1) if window else longest
         groups.append(group(f"g{i}", least + slack, size, window))

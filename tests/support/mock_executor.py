@@ -3,7 +3,8 @@
 It has two layers. Each stores one 64-bit value per token in the pages of every cache group, exactly
 where a device would, and "attends" by adding up the values that it reads back through the row's
 page table (of a window group only the window). Layer 2 stores what layer 1 read, so a page that was
-wrong for one moment leaves its mark. `mock_model.alone` is the oracle.
+wrong for one moment leaves its mark. A recurrent group has one 64-bit state per layer and slot, a
+running hash of all tokens. `mock_model.alone` is the oracle.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from support.mock_model import U64, attend, embed, log_softmax, logits_of, row_sampling
+from support.mock_model import U64, attend, embed, log_softmax, logits_of, row_sampling, scan
 
 from sixfold.platforms.interface import DeviceFacts, ExecutorInfo, Status, Support
 from sixfold.platforms.interface_kv import KVGroup, KVKind
@@ -27,7 +28,7 @@ from sixfold.platforms.interface_step import (
     Want,
 )
 
-FULL, WINDOW = KVKind.FULL, KVKind.WINDOW
+FULL, WINDOW, RECURRENT = KVKind.FULL, KVKind.WINDOW, KVKind.RECURRENT
 
 
 class MockFault(Exception):
@@ -37,6 +38,11 @@ class MockFault(Exception):
 def group(name: str, pages: int, page_size: int, window: int = 0) -> KVGroup:
     """`pages` usable ones; the null page comes on top."""
     return KVGroup(name, WINDOW if window else FULL, page_size, pages + 1, window)
+
+
+def state(name: str, slots: int, page_size: int) -> KVGroup:
+    """A recurrent group of `slots` usable slots."""
+    return KVGroup(name, RECURRENT, page_size, slots + 1)
 
 
 def mock_info(groups: Sequence[KVGroup], **changes: Any) -> ExecutorInfo:
@@ -74,7 +80,8 @@ class MockExecutor:
         self._pending: deque[tuple[StepBatch, bytes, StepResult | None]] = deque()
         self._last: dict[int, tuple[int, int]] = {}  # handle -> last sampled token, its position
         self._poison = np.random.default_rng(0)
-        shapes = [(2, g.pages * g.page_size) for g in info.groups]
+        per_page = [1 if g.kind is RECURRENT else g.page_size for g in info.groups]
+        shapes = [(2, g.pages * n) for g, n in zip(info.groups, per_page, strict=True)]
         self._stores = [self._poison.integers(0, 2**63, s).astype(U64) for s in shapes]
 
     def load(self, progress: Any = None) -> ExecutorInfo:
@@ -104,6 +111,10 @@ class MockExecutor:
             raise MockFault("the arrays of a step changed while it was in flight")
         return self._run(batch) if result is None else result
 
+    def spoil(self, group: int, slots: Sequence[int]) -> None:
+        """Put nonsense into slots of a recurrent group that nobody may read."""
+        self._stores[group][:, slots] = self._poison.integers(0, 2**63, (2, len(slots)))
+
     def _check(self, b: StepBatch) -> None:
         counts = np.diff(b.query_start)
         ok = (
@@ -114,8 +125,10 @@ class MockExecutor:
             and len(set(b.row_ids.tolist())) == b.rows
             and ((b.row_ids >= 0) & (b.row_ids < self.info.max_rows)).all()
             and len(b.context_lens) == len(b.want) == b.rows
-            and set(b.page_tables) == {g.name for g in self.info.groups}
+            and set(b.page_tables) == {g.name for g in self.info.groups if g.kind != RECURRENT}
+            and set(b.state_slots) == {g.name for g in self.info.groups if g.kind == RECURRENT}
             and all(len(t) == b.rows for t in b.page_tables.values())
+            and all(len(set(s.tolist()) - {0}) == b.rows for s in b.state_slots.values())
             and (b.context_lens + counts <= self.info.max_context).all()
         )
         if not ok:
@@ -125,11 +138,22 @@ class MockExecutor:
 
     def _slots(self, b: StepBatch, g: int, row: int, end: int) -> Any:
         spec = self.info.groups[g]
+        if spec.kind is RECURRENT:
+            return b.state_slots[spec.name][row : row + 1]
         positions = np.arange(end)
         table = b.page_tables[spec.name][row]
         return table[positions // spec.page_size] * spec.page_size + positions % spec.page_size
 
+    def _move(self, b: StepBatch) -> None:
+        recurrent = {g.name: i for i, g in enumerate(self.info.groups) if g.kind is RECURRENT}
+        for move in b.moves:
+            store = self._stores[recurrent[move.group]]
+            if not (0 < move.source < store.shape[1] and 0 < move.target < store.shape[1]):
+                raise MockFault(f"{move} is of no slot")
+            store[:, move.target] = store[:, move.source]
+
     def _run(self, b: StepBatch) -> StepResult:
+        self._move(b)
         ends = (b.context_lens + np.diff(b.query_start)).tolist()
         news = [np.arange(c, e) for c, e in zip(b.context_lens.tolist(), ends, strict=True)]
         slots = [
@@ -137,10 +161,11 @@ class MockExecutor:
         ]
         self.computed += sum(map(len, news))
         tokens, pending = self._resolve(b, news)
-        self._write(0, [embed(t, n) for t, n in zip(tokens, news, strict=True)], slots, news)
-        hidden = [self._read(0, slots[r], news[r]) for r in range(b.rows)]
-        self._write(1, hidden, slots, news)
-        return self._results(b, slots, news, pending)
+        first = [embed(t, n) for t, n in zip(tokens, news, strict=True)]
+        states = self._write(0, first, slots, news)
+        hidden = [self._read(0, slots[r], news[r], states[r]) for r in range(b.rows)]
+        states = self._write(1, hidden, slots, news)
+        return self._results(b, slots, news, pending, states)
 
     def _resolve(self, b: StepBatch, news: list[Any]) -> tuple[list[Any], list[int | None]]:
         """Token ids per row, and the pending token of rows that have one."""
@@ -159,8 +184,15 @@ class MockExecutor:
             pending.append(last)
         return tokens, pending
 
-    def _write(self, layer: int, values: Any, slots: Any, news: Any) -> None:
+    def _write(self, layer: int, values: Any, slots: Any, news: Any) -> list[dict[int, Any]]:
+        """Returns per row, for each recurrent group, the states at the new positions."""
+        states: list[dict[int, Any]] = [{} for _ in values]
         for g, store in enumerate(self._stores):
+            if self.info.groups[g].kind is RECURRENT:
+                for r, new in enumerate(news):
+                    states[r][g] = self._advance(store[layer], values[r], int(slots[r][g][0]), new)
+                store[layer, 0] = self._poison.integers(0, 2**63)  # the null slot
+                continue
             new_slots = np.concatenate([s[g][n] for s, n in zip(slots, news, strict=True)])
             size = self.info.groups[g].page_size
             real = new_slots[new_slots >= size]
@@ -168,12 +200,22 @@ class MockExecutor:
                 raise MockFault("two rows write to one slot")
             store[layer, new_slots] = np.concatenate(values)
             store[layer, :size] = self._poison.integers(0, 2**63, size)  # the null page
+        return states
 
-    def _read(self, layer: int, slots: Any, queries: Any) -> Any:
-        values = [store[layer, s] for store, s in zip(self._stores, slots, strict=True)]
+    def _advance(self, store: Any, values: Any, slot: int, new: Any) -> Any:
+        """(L,) the states after each token; of the context nobody needs them."""
+        states = scan(store[slot] if new[0] else U64(0), values)
+        store[slot] = states[-1]
+        return np.concatenate([np.zeros(new[0], U64), states])
+
+    def _read(self, layer: int, slots: Any, queries: Any, states: dict[int, Any]) -> Any:
+        pairs = enumerate(zip(self._stores, slots, strict=True))
+        values = [states[g] if g in states else store[layer, s] for g, (store, s) in pairs]
         return attend(values, queries, self.info.groups)
 
-    def _results(self, b: StepBatch, slots: Any, news: Any, pending: Any) -> StepResult:
+    def _results(
+        self, b: StepBatch, slots: Any, news: Any, pending: Any, states: Any
+    ) -> StepResult:
         vocab, s = self.info.vocab_size, b.sampling
         width = max(0, int(s.logprobs.max()))
         ids = np.full((b.rows, 1), -1, np.int32)
@@ -183,10 +225,11 @@ class MockExecutor:
         prompts = []
         for r in range(b.rows):
             if b.want[r] & Want.PROMPT_LOGPROBS:
-                logits = logits_of(self._read(1, slots[r], news[r]), vocab)
+                logits = logits_of(self._read(1, slots[r], news[r], states[r]), vocab)
                 prompts.append(self._prompt_logprobs(b, r, logits))
             if b.want[r] & Want.SAMPLE:
-                logits = logits_of(self._read(1, slots[r], news[r][-1:]), vocab)[0]
+                last = self._read(1, slots[r], news[r][-1:], states[r])
+                logits = logits_of(last, vocab)[0]
                 token = row_sampling(s, r, pending[r]).choose(logits)
                 raw = log_softmax(logits[None])[0]
                 best = np.argsort(-raw, kind="stable")[:width]
@@ -220,6 +263,6 @@ class MockExecutor:
 
 def _bytes(b: StepBatch) -> bytes:
     arrays = [b.row_ids, b.token_ids, b.query_start, b.context_lens, b.want]
-    arrays += list(b.page_tables.values())
+    arrays += [*b.page_tables.values(), *b.state_slots.values()]
     arrays += [getattr(b.sampling, name) for name in SamplingArrays.__dataclass_fields__]
     return b"".join(a.tobytes() for a in arrays)

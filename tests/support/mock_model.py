@@ -11,10 +11,13 @@ import numpy as np
 
 from sixfold.common.sampling import SamplingParams
 from sixfold.platforms.interface import ExecutorInfo
-from sixfold.platforms.interface_kv import KVGroup
+from sixfold.platforms.interface_kv import KVGroup, KVKind
 from sixfold.platforms.interface_step import SamplingArrays
 
 U64 = np.uint64
+_FACTOR = 0xD1342543DE82EF95  # odd, so that it has an inverse modulo 2**64
+_POWERS = np.cumprod(np.full(4096, _FACTOR, U64), dtype=U64)
+_INVERSES = np.cumprod(np.full(4096, pow(_FACTOR, -1, 2**64), U64), dtype=U64)
 
 
 def mix(x: Any) -> Any:
@@ -31,11 +34,23 @@ def embed(tokens: Any, positions: Any) -> Any:
         return mix(np.asarray(tokens, U64) * U64(0x9E3779B97F4A7C15) + np.asarray(positions, U64))
 
 
+def scan(before: Any, values: Any) -> Any:
+    """(n,) states s = s * _FACTOR + v from `before` on: each depends on all values and their order.
+    Written out as a sum, which numpy does at once."""
+    n = len(values)
+    with np.errstate(over="ignore"):
+        return _POWERS[:n] * (before + np.cumsum(_INVERSES[:n] * values, dtype=U64))
+
+
 def attend(values: Any, queries: Any, groups: Sequence[KVGroup]) -> Any:
-    """values[g] (L,) of the context, queries (n,) positions -> (n,) what they see, all groups."""
+    """values[g] (L,) of the context, of a recurrent group the states after each token; queries (n,)
+    positions -> (n,) what they see, all groups."""
     seen = np.zeros(len(queries), U64)
     with np.errstate(over="ignore"):
         for g, spec in enumerate(groups):
+            if spec.kind is KVKind.RECURRENT:
+                seen += mix(values[g][queries] + U64(g))
+                continue
             sums = np.concatenate([np.zeros(1, U64), np.cumsum(values[g], dtype=U64)])
             low = np.maximum(0, queries - spec.window + 1) if spec.window else 0 * queries
             seen += mix(sums[queries + 1] - sums[low] + U64(g))
@@ -142,7 +157,8 @@ def alone(
     """draw(seed, position) -> float: the generator under test has its own tests."""
     groups, vocab = info.groups, info.vocab_size
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
-    capacity = min([g.pages - 1 for g in groups if not g.window], default=10**9) * info.page_size
+    full = [g.pages - 1 for g in groups if g.kind is KVKind.FULL]
+    capacity = min(full, default=10**9) * info.page_size
     limit = len(prompt) + params.max_tokens if params.max_tokens else info.max_context
     limit = min(limit, capacity + 1)
     tokens, scores = list(prompt), []
@@ -180,10 +196,14 @@ def alone(
 
 def _hidden(tokens: list[int], start: int, before: Any, groups: Sequence[KVGroup]) -> Any:
     first = embed(tokens, np.arange(len(tokens)))
-    new = attend([first] * len(groups), np.arange(start, len(tokens)), groups)
+    new = attend(_context(first, groups), np.arange(start, len(tokens)), groups)
     return np.concatenate([np.asarray(before, U64), new])
 
 
 def _last_layer(hidden: Any, groups: Sequence[KVGroup], all_of_them: bool = False) -> Any:
     queries = np.arange(len(hidden)) if all_of_them else np.array([len(hidden) - 1])
-    return attend([hidden] * len(groups), queries, groups)
+    return attend(_context(hidden, groups), queries, groups)
+
+
+def _context(values: Any, groups: Sequence[KVGroup]) -> list[Any]:
+    return [scan(U64(0), values) if g.kind is KVKind.RECURRENT else values for g in groups]

@@ -13,7 +13,8 @@ from support.engine_worlds import SHAPES, crowd, talk, world
 
 from sixfold.common.cache.kv_cache import KVCache
 from sixfold.common.cache.pages import PagePool
-from sixfold.common.cache.prefix_tree import PrefixTree
+from sixfold.common.cache.prefix_tree import Match, PrefixTree
+from sixfold.common.cache.states import States
 from sixfold.common.config import EngineConfig
 from sixfold.common.errors import CacheCorrupted, EngineDied
 from sixfold.common.scheduler import sampling
@@ -111,11 +112,11 @@ def _retain_anything(self: PagePool[Any], page: int) -> None:
 def other_prompt_matches(patch: pytest.MonkeyPatch) -> None:
     original = PrefixTree.extend
 
-    def extend(self: PrefixTree, node: Any, tokens: Any, limit: int) -> list[Any]:
+    def extend(self: PrefixTree, node: Any, tokens: Any, limit: int) -> Match:
         found = original(self, node, tokens, limit)
-        if found or not limit or node is not self.root:
+        if found.nodes or not limit or node is not self.root:
             return found
-        return [n for n in node.children.values() if all(n.pages)][:1]
+        return Match([n for n in node.children.values() if all(n.pages)][:1], found.reach)
 
     patch.setattr(PrefixTree, "extend", extend)
 
@@ -139,7 +140,7 @@ def match_needs_one_window_token_less(patch: pytest.MonkeyPatch) -> None:
 
 @fault
 def match_ignores_windows(patch: pytest.MonkeyPatch) -> None:
-    def extend(self: PrefixTree, node: Any, tokens: Any, limit: int) -> list[Any]:
+    def extend(self: PrefixTree, node: Any, tokens: Any, limit: int) -> Match:
         found, size = [], self.pools[0].group.page_size
         while node.depth < limit:
             start = node.depth * size
@@ -147,7 +148,7 @@ def match_ignores_windows(patch: pytest.MonkeyPatch) -> None:
             if node is None:
                 break
             found.append(node)
-        return found
+        return Match(found, len(found))
 
     patch.setattr(PrefixTree, "extend", extend)
     patch.setattr(PrefixTree, "retain", _retain_if_there)
@@ -158,6 +159,83 @@ def _retain_if_there(self: PrefixTree, group: int, node: Any) -> int:
     if page:
         self.pools[group].retain(page)
     return page
+
+
+@fault
+def match_ignores_snapshots(patch: pytest.MonkeyPatch) -> None:
+    original = PrefixTree.extend
+
+    def extend(self: PrefixTree, node: Any, tokens: Any, limit: int) -> Match:
+        groups, self._recurrent = self._recurrent, self._recurrent[1:]
+        try:
+            return original(self, node, tokens, limit)
+        finally:
+            self._recurrent = groups
+
+    patch.setattr(PrefixTree, "extend", extend)
+
+
+@fault
+def state_not_restored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(States, "restore", lambda self, handle, node: None)
+
+
+@fault
+def snapshot_used_before_it_is_saved(patch: pytest.MonkeyPatch) -> None:
+    """Entered while the step is built that brings the row there: others go on from it at once, and
+    the copy is of what the slot held before."""
+    promise = States.promise
+
+    def at_once(self: States, sequence: Any, tokens: Any) -> None:
+        promise(self, sequence, tokens)
+        if sequence.node.depth * self._tree.page_size == len(tokens):
+            self.settle()
+
+    patch.setattr(States, "promise", at_once)
+
+
+@fault
+def snapshot_of_another_row(patch: pytest.MonkeyPatch) -> None:
+    original = States._move
+
+    def move(self: States, group: int, source: int, target: int) -> None:
+        original(self, group, source % self._pools[group].total + 1, target)
+
+    patch.setattr(States, "_move", move)
+
+
+@fault
+def saves_after_restores(patch: pytest.MonkeyPatch) -> None:
+    original = States.take_moves
+    patch.setattr(States, "take_moves", lambda self: original(self)[::-1])
+
+
+@fault
+def snapshot_slot_is_a_row_s(patch: pytest.MonkeyPatch) -> None:
+    original = States._take
+
+    def take(self: States, group: int) -> int:
+        used = [int(s) for s in self._tables[group][:, 0] if s]
+        if len(used) < 3:
+            return original(self, group)
+        self._pools[group].retain(used[0])
+        return used[0]
+
+    patch.setattr(States, "_take", take)
+
+
+@fault
+def slot_never_given_back(patch: pytest.MonkeyPatch) -> None:
+    original = States.close
+
+    def close(self: States, handle: int) -> None:
+        slots = [int(self._tables[g][handle, 0]) for g in self._groups]
+        original(self, handle)
+        if handle == 1:
+            for g, s in zip(self._groups, slots, strict=True):
+                self._pools[g]._free.remove(s)
+
+    patch.setattr(States, "close", close)
 
 
 @fault

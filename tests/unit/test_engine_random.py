@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.engine_traffic import Arrival, serve
-from support.engine_worlds import SHAPES, VOCAB, crowd, prompt, world
+from support.engine_worlds import RECURRENT_SHAPES, SHAPES, VOCAB, crowd, prompt, world
 
 from sixfold.common.config import EngineConfig
 from sixfold.common.sampling import SamplingParams
@@ -114,10 +114,36 @@ def test_crowds_on_a_small_cache(size: int, context: int, preempted: int, evicti
             max_step_tokens=40,
             overlap=number != 3,
         )
-        requests = crowd(rng, info, 30, 30)
+        count = 15 if shape in RECURRENT_SHAPES else 30  # they have a test of their own below
+        requests = crowd(rng, info, count, 30)
         config = EngineConfig(eviction=eviction, overlap=number % 2 == 0)
         engine, _, _ = serve(info, config, requests, audit=number == 1)
         preemptions += engine.stats().preemptions
         cached += engine.stats().cached_tokens
     assert preemptions >= preempted
     assert cached > 1000
+
+
+@pytest.mark.parametrize("shape", RECURRENT_SHAPES)
+def test_crowds_with_few_state_slots(shape: tuple[int, ...]) -> None:
+    """From no slot beyond one per row to plenty, steps overlapping or not, mixed or not."""
+    cached = copies = 0
+    for number, spare in enumerate((0, 1, 3, 40)):
+        rng = np.random.default_rng([number, len(shape)])
+        size = (4, 1, 16)[number % 3]
+        info = world(
+            size,
+            shape,
+            spare,
+            48,
+            max_rows=6,
+            max_step_tokens=(40, 9)[number % 2],
+            overlap=number % 2 == 0,
+            mixed_steps=number % 3 > 0,
+        )
+        config = EngineConfig(overlap=number != 2)
+        engine, executor, _ = serve(info, config, crowd(rng, info, 20, 10))
+        cached += engine.stats().cached_tokens
+        copies += sum(len(batch.moves) for batch in executor.batches)
+    assert cached > 60
+    assert copies > 40

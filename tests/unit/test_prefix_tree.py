@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.engine_traffic import _nodes
-from support.mock_executor import group
+from support.mock_executor import group, state
 
-from sixfold.common.cache.kv_cache import KVCache, Sequence
-from sixfold.common.errors import CheckpointError, ConfigError
+from sixfold.common.cache.kv_cache import KVCache
+from sixfold.common.cache.sequence import Sequence
+from sixfold.common.errors import CacheCorrupted, CheckpointError, ConfigError
 from sixfold.platforms.interface_kv import I32, KVGroup, KVKind
 
 SIZE = 4
@@ -30,7 +31,7 @@ def tokens(*values: int) -> I32:
 def computed(cache: KVCache, text: I32, priority: int = 0) -> Sequence:
     """A row that computed `text` in one step, sharing what there was."""
     row = cache.open()
-    nodes = cache.match(row.node, np.append(text, 99).astype(np.int32))
+    nodes = cache.match(row.node, np.append(text, 99).astype(np.int32)).nodes
     if nodes:
         cache.adopt(row, nodes, priority)
     assert cache.grow(row, cache.pages_for(len(text)) - row.pages)
@@ -46,7 +47,7 @@ def remember(cache: KVCache, text: I32, priority: int = 0) -> None:
 
 def depth(cache: KVCache, text: I32) -> int:
     """Pages of `text` that the cache would serve to a prompt that goes on after it."""
-    return len(cache.match(cache.tree.root, np.append(text, 99).astype(np.int32)))
+    return len(cache.match(cache.tree.root, np.append(text, 99).astype(np.int32)).nodes)
 
 
 # ---- matching
@@ -64,7 +65,7 @@ def test_a_prefix_matches_page_by_page() -> None:
 def test_the_last_token_is_always_left_to_compute() -> None:
     cache = cache_of()
     remember(cache, tokens(1, 2, 3))
-    assert len(cache.match(cache.tree.root, tokens(1, 2, 3))) == 2
+    assert len(cache.match(cache.tree.root, tokens(1, 2, 3)).nodes) == 2
 
 
 def test_without_prefix_cache_nothing_is_kept_or_matched() -> None:
@@ -143,7 +144,7 @@ def test_a_row_takes_only_the_window_pages_it_reads() -> None:
     cache = cache_of(FULL, group("window", 20, SIZE, window=6))
     remember(cache, tokens(1, 2, 3, 4, 5))
     row = cache.open()
-    cache.adopt(row, cache.match(row.node, tokens(1, 2, 3, 4, 5, 6)), 0)
+    cache.adopt(row, cache.match(row.node, tokens(1, 2, 3, 4, 5, 6)).nodes, 0)
     assert np.count_nonzero(cache.tables[0][row.handle]) == 5
     assert cache.tables[1][row.handle, :6].astype(bool).tolist() == [0, 0, 0, 1, 1, 0]
     assert cache.pools[1].pinned == 2
@@ -154,7 +155,7 @@ def test_a_page_that_a_row_has_begun_is_given_back_for_a_whole_one() -> None:
     remember(cache, tokens(1, 2, 3))
     row = cache.open()
     assert cache.grow(row, 1)  # begun before the other row had it
-    cache.adopt(row, cache.match(row.node, tokens(1, 2, 3, 4)), 0)
+    cache.adopt(row, cache.match(row.node, tokens(1, 2, 3, 4)).nodes, 0)
     assert (row.pages, row.node.depth) == (3, 3)
     assert [pool.pinned for pool in cache.pools] == [3, 2]
     cache.close(row)
@@ -183,6 +184,82 @@ def test_window_pages_are_released_as_a_row_moves_on() -> None:
     cache.slide(row, 9)  # position 9 sees 4 to 9
     assert cache.tables[0][row.handle, :5].astype(bool).tolist() == [0, 1, 1, 1, 1]
     assert cache.pools[0].pinned == 4
+
+
+def snapshot(cache: KVCache, text: I32) -> None:
+    """A row computed `text` and left its state there; the copy is carried out."""
+    row = cache.open()
+    nodes = cache.match(row.node, np.append(text, 99).astype(np.int32)).nodes
+    if nodes:
+        cache.adopt(row, nodes, 0)
+    assert cache.grow(row, cache.pages_for(len(text)) - row.pages)
+    cache.states.promise(row, text)
+    cache.publish(row, text, 0)
+    cache.states.settle()
+    cache.close(row)
+    cache.states.take_moves()
+    cache.check()
+
+
+STATES = state("state", 10, SIZE)
+
+
+@pytest.mark.parametrize("groups", [(STATES,), (FULL, STATES), (STATES, FULL), (STATES, STATES)])
+def test_a_recurrent_group_serves_only_where_a_snapshot_is(groups: tuple[KVGroup, ...]) -> None:
+    cache = cache_of(*groups)
+    snapshot(cache, tokens(1, 2))
+    snapshot(cache, tokens(1, 2, 3, 4))
+    found = [cache.match(cache.tree.root, tokens(*range(1, n + 2))) for n in range(6)]
+    assert [len(match.nodes) for match in found] == [0, 0, 2, 2, 4, 4]
+    assert [match.reach for match in found] == [0, 1, 2, 3, 4, 4]
+
+
+def test_every_recurrent_group_needs_its_snapshot() -> None:
+    cache = cache_of(FULL, STATES, replace(STATES, name="other"))
+    snapshot(cache, tokens(1, 2))
+    assert depth(cache, tokens(1, 2)) == 2
+    assert cache.tree.evict(2)
+    assert depth(cache, tokens(1, 2)) == 0
+    snapshot(cache, tokens(1, 2))  # the group that has one keeps it
+    assert depth(cache, tokens(1, 2)) == 2
+    assert [pool.evictable for pool in cache.pools] == [2, 1, 1]
+
+
+def test_a_match_needs_the_snapshot_and_the_window() -> None:
+    cache = cache_of(FULL, group("window", 20, SIZE, window=6), STATES)
+    for text in (tokens(1, 2), tokens(1, 2, 3, 4, 5)):
+        snapshot(cache, text)
+    assert depth(cache, tokens(1, 2, 3, 4, 5)) == 5
+    last = next(n for n in _nodes(cache) if n.depth == 5)
+    cache.pools[1].drop(last.pages[1])
+    last.pages[1] = 0
+    assert depth(cache, tokens(1, 2, 3, 4, 5)) == 2
+
+
+def test_a_row_goes_on_from_a_snapshot_by_a_copy_and_pins_nothing_of_it() -> None:
+    cache = cache_of(FULL, STATES)
+    snapshot(cache, tokens(1, 2))
+    row = computed(cache, tokens(1, 2, 3))
+    (restore,) = cache.states.take_moves()
+    node = next(n for n in _nodes(cache) if n.depth == 2)
+    assert (restore.source, restore.target) == (node.pages[1], cache.tables[1][row.handle, 0])
+    assert (cache.pools[1].pinned, cache.pools[1].evictable) == (1, 1)
+    assert cache.tree.evict(1)
+    assert not cache.tree.evict(1)  # never the slot of a row
+    assert (cache.pools[1].pinned, cache.pools[1].free) == (1, 9)
+
+
+def test_only_a_prompt_for_which_there_is_a_slot_is_cut() -> None:
+    cache = cache_of(FULL, state("state", 8, SIZE))
+    assert [cache.next_snapshot(10, c, 0) for c in (0, 7, 8)] == [8, 8, 0]
+    assert [cache.next_snapshot(10, c, 1) for c in (0, 3, 4)] == [4, 4, 8]
+    assert [cache.next_snapshot(n, 0, 0) for n in (1, 4, 5, 8, 9)] == [0, 0, 4, 4, 8]
+    rows = [cache.open() for _ in range(8)]
+    assert not cache.states.has_room
+    assert cache.next_snapshot(10, 0, 0) == 0
+    cache.close(rows[0])
+    assert cache.next_snapshot(10, 0, 0) == 8
+    assert cache_of(FULL, STATES, prefix_cache=False).next_snapshot(10, 0, 0) == 0
 
 
 # ---- giving up
@@ -269,6 +346,36 @@ def test_the_eviction_heaps_stay_small() -> None:
     assert max(map(len, cache.tree._heaps)) <= 2 * 7 + 1
 
 
+def test_a_snapshot_is_given_up_without_its_page_and_goes_with_it() -> None:
+    cache = cache_of(FULL, STATES)
+    snapshot(cache, tokens(1, 2))
+    assert cache.tree.evict(1)
+    assert [pool.evictable for pool in cache.pools] == [2, 0]
+    snapshot(cache, tokens(1, 2))
+    assert cache.tree.evict(0)
+    assert [pool.evictable for pool in cache.pools] == [1, 0]
+
+
+def test_nodes_without_snapshots_go_in_a_model_of_states_only() -> None:
+    cache = cache_of(STATES)
+    snapshot(cache, tokens(1, 2))
+    snapshot(cache, tokens(1, 2, 3, 4))
+    for left in (4, 0):  # that after two pages is the older one
+        assert cache.tree.evict(0)
+        assert len(_nodes(cache)) == left
+    row = computed(cache, tokens(1, 2))
+    assert len(_nodes(cache)) == 2  # where other prompts may branch from it while it runs
+    cache.close(row)
+    assert not _nodes(cache)
+
+
+def test_a_slot_taken_when_there_is_none_is_an_error() -> None:
+    cache = cache_of(FULL, state("state", 8, SIZE))
+    row = [cache.open() for _ in range(8)][-1]
+    with pytest.raises(CacheCorrupted, match="'state': no slot"):
+        cache.states.promise(row, tokens(1))
+
+
 @pytest.mark.parametrize("eviction", ["lru", "lfu", "priority"])
 def test_eviction_order_agrees_with_a_full_scan(eviction: str) -> None:
     """The lazy heap against sorting all evictable nodes by the same key."""
@@ -288,9 +395,9 @@ def test_eviction_order_agrees_with_a_full_scan(eviction: str) -> None:
 # ---- guards
 
 
-@pytest.mark.parametrize("kind", [KVKind.LATENT, KVKind.COMPRESSED, KVKind.RECURRENT])
+@pytest.mark.parametrize("kind", [KVKind.LATENT, KVKind.COMPRESSED])
 def test_a_kind_that_is_not_served_is_refused_by_name(kind: KVKind) -> None:
-    with pytest.raises(CheckpointError, match=f"'{kind.value}'.*served kinds: full, window"):
+    with pytest.raises(CheckpointError, match=f"'{kind.value}'.*served kinds: full, window, rec"):
         cache_of(FULL, replace(FULL, name="other", kind=kind))
 
 
@@ -300,6 +407,7 @@ def test_a_kind_that_is_not_served_is_refused_by_name(kind: KVKind) -> None:
         (FULL, group("other", 20, 8)),
         (group("empty", 0, SIZE),),
         (replace(FULL, kind=KVKind.WINDOW),),
+        (FULL, state("state", 7, SIZE)),
     ],
 )
 def test_impossible_groups_are_refused(groups: tuple[KVGroup, ...]) -> None:

@@ -189,8 +189,8 @@ def test_moves_copy_pages_before_the_step(loaded) -> None:
     run(executor, driver.batch([(0, prompt)]))
     moves = []
     for name, table in driver.tables.items():
-        copy = driver.free[name].pop()
-        moves.append(PageCopy(name, int(table[0, 1]), copy))
+        between, copy = driver.free[name].pop(), driver.free[name].pop()
+        moves += [PageCopy(name, int(table[0, 1]), between), PageCopy(name, between, copy)]
         table[1, :2] = table[0, 0], copy
     driver.lengths[1] = 6
     result = run(executor, driver.batch([(0, [40]), (1, [41])], moves=tuple(moves)))
