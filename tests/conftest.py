@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest

@@ -30,6 +30,11 @@ def _kernels(pairs: tuple[str, ...]) -> dict[str, str]:
     return kernels
 
 
+def _bits(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """mlx-lm's users write 4bit and 8bit."""
+    return {"4bit": "int4", "8bit": "int8"}.get(value or "", value)
+
+
 def _engine_options(command: Any) -> Any:
     """The flags that are fields of EngineConfig."""
     options = [
@@ -52,7 +57,11 @@ def _engine_options(command: Any) -> Any:
         ),
         click.option("--no-overlap", is_flag=True, help="End each step before the next begins."),
         click.option("--threads", type=int, help="Threads for compute on a processor."),
-        click.option("--quantize", help="Matrices as int8, int4, or none; else as stored."),
+        click.option(
+            "--quantize",
+            callback=_bits,
+            help="Matrices as int8 (8bit), int4 (4bit), or none; else as stored.",
+        ),
         click.option("--kv-dtype", help="Keys and values: float32, bfloat16, float16 or int8."),
         click.option(
             "--kernel", "kernel", multiple=True, help="Name an op's kernel as op=provider."

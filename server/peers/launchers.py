@@ -193,7 +193,7 @@ def _find(engine: Known, wanted: Wanted) -> str | None:
     if engine.name in wanted.programs:
         return str(wanted.programs[engine.name])
     beside = str(Path(sys.executable).parent)
-    return shutil.which(engine.program, path=beside + os.pathsep + os.environ.get("PATH", ""))
+    return shutil.which(engine.program, path=os.environ.get("PATH", "") + os.pathsep + beside)
 
 
 def free_port() -> int:
