@@ -1,6 +1,6 @@
-"""Contract: published checkpoints of Qwen3.5, dense and mixture of experts, as `transformers` writes
-them (multimodal nesting, zero-centred norms, fused experts), give transformers' own greedy tokens on
-the MLX platform: alone, batched, and after a restored state."""
+"""Contract: checkpoints of Qwen3.5, dense and mixture of experts, in their published form
+(multimodal nesting, zero-centred norms, fused experts), give transformers' greedy tokens on the MLX
+platform: alone, batched, and after a restored state."""
 
 from __future__ import annotations
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.run_mlx import GREEDY, complete, running
-from support.tiny_mlx import CONFIGS, VOCAB, own_greedy, write
+from support.run_mlx import GREEDY, complete, finish, running
+from support.tiny_mlx import CONFIGS, HYBRID, VOCAB, own_greedy, write
+
+from sixfold.common.messages import AddRequest
+from sixfold.common.sampling import SamplingParams
 
 LENGTHS = (1, 3, 9, 21, 34)
 
@@ -47,3 +50,17 @@ def test_page_sizes_and_repeats(folder: Path, name: str, page_size: int) -> None
     with running(path, page_size=page_size) as (engine, _):
         assert complete(engine, asked) == expected
         assert complete(engine, asked[::-1]) == expected[::-1]
+
+
+@pytest.mark.parametrize("name", ["llama", *HYBRID])
+def test_a_repeat_computes_a_page_at_most_and_is_bit_equal(folder: Path, name: str) -> None:
+    params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=5, ignore_eos=True)
+    prompt = np.random.default_rng(5).integers(0, VOCAB, 50).tolist()
+    with running(model(folder, name), page_size=16) as (engine, _):
+        found = []
+        for _ in range(2):
+            engine.add(AddRequest(request_id="a", prompt_ids=prompt, params=params))
+            outputs = finish(engine)["a"]
+            found.append([entry for output in outputs for entry in output.logprobs or []])
+        assert outputs[0].cached_tokens == 48
+        assert found[0] == found[1]
