@@ -3,13 +3,13 @@ same traffic that passes in test_engine_random must be found wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 from support.engine_traffic import Wrong, serve
-from support.engine_worlds import SHAPES, crowd, talk, world
+from support.engine_worlds import RECURRENT_SHAPES, SHAPES, crowd, talk, world
 
 from sixfold.common.cache.kv_cache import KVCache
 from sixfold.common.cache.pages import PagePool
@@ -24,6 +24,7 @@ from sixfold.platforms.interface_kv import KVKind
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 FAULTS: dict[str, Patch] = {}
+RECURRENT_FAULTS: dict[str, Patch] = {}
 
 
 def fault(patch: Patch) -> Patch:
@@ -31,9 +32,14 @@ def fault(patch: Patch) -> Patch:
     return patch
 
 
-def traffic() -> None:
+def recurrent_fault(patch: Patch) -> Patch:
+    RECURRENT_FAULTS[patch.__name__] = patch
+    return patch
+
+
+def traffic(shapes: Iterable[tuple[int, ...]] = SHAPES) -> None:
     """No audit: the pools' own checks, the outputs and the final count must find the fault."""
-    for number, shape in enumerate(SHAPES):
+    for number, shape in enumerate(shapes):
         rng = np.random.default_rng(number)
         info = world(4, shape, 8, 48, max_rows=6, max_step_tokens=18)
         serve(info, EngineConfig(overlap=number % 2 == 0), crowd(rng, info, 30, 20), audit=False)
@@ -161,7 +167,7 @@ def _retain_if_there(self: PrefixTree, group: int, node: Any) -> int:
     return page
 
 
-@fault
+@recurrent_fault
 def match_ignores_snapshots(patch: pytest.MonkeyPatch) -> None:
     original = PrefixTree.extend
 
@@ -175,12 +181,12 @@ def match_ignores_snapshots(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefixTree, "extend", extend)
 
 
-@fault
+@recurrent_fault
 def state_not_restored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(States, "restore", lambda self, handle, node: None)
 
 
-@fault
+@recurrent_fault
 def snapshot_used_before_it_is_saved(patch: pytest.MonkeyPatch) -> None:
     """Entered while the step is built that brings the row there: others go on from it at once, and
     the copy is of what the slot held before."""
@@ -194,7 +200,7 @@ def snapshot_used_before_it_is_saved(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(States, "promise", at_once)
 
 
-@fault
+@recurrent_fault
 def snapshot_of_another_row(patch: pytest.MonkeyPatch) -> None:
     original = States._move
 
@@ -204,13 +210,13 @@ def snapshot_of_another_row(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(States, "_move", move)
 
 
-@fault
+@recurrent_fault
 def saves_after_restores(patch: pytest.MonkeyPatch) -> None:
     original = States.take_moves
     patch.setattr(States, "take_moves", lambda self: original(self)[::-1])
 
 
-@fault
+@recurrent_fault
 def snapshot_slot_is_a_row_s(patch: pytest.MonkeyPatch) -> None:
     original = States._take
 
@@ -224,7 +230,7 @@ def snapshot_slot_is_a_row_s(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(States, "_take", take)
 
 
-@fault
+@recurrent_fault
 def slot_never_given_back(patch: pytest.MonkeyPatch) -> None:
     original = States.close
 
@@ -298,3 +304,10 @@ def test_a_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     FAULTS[name](monkeypatch)
     with pytest.raises((Wrong, CacheCorrupted, EngineDied)):
         traffic()
+
+
+@pytest.mark.parametrize("name", list(RECURRENT_FAULTS))
+def test_a_fault_of_recurrent_groups_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    RECURRENT_FAULTS[name](monkeypatch)
+    with pytest.raises((Wrong, CacheCorrupted, EngineDied)):
+        traffic(RECURRENT_SHAPES)
