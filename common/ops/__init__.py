@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 from ...platforms.interface_kernels import Op
-from . import activation, attention, dense, logprobs, moe, norm, paging, rope, sample
+from . import (
+    activation,
+    attention,
+    dense,
+    logprobs,
+    moe,
+    norm,
+    page_digest,
+    page_gather,
+    paged_attention,
+    paging,
+    rope,
+    sample,
+)
 
-OPS: dict[str, Op] = {
-    op.name: op
-    for module in (dense, norm, rope, activation, moe, paging, attention, sample, logprobs)
-    for op in module.OPS
-}
+MODULES = (
+    dense,
+    norm,
+    rope,
+    activation,
+    moe,
+    paging,
+    page_gather,
+    page_digest,
+    attention,
+    paged_attention,
+    sample,
+    logprobs,
+)
+
+OPS: dict[str, Op] = {op.name: op for module in MODULES for op in module.OPS}

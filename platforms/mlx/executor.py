@@ -34,6 +34,7 @@ from .caches import Cache, PagedCache, StateCache
 from .kernels import register
 from .loading import DTYPES, compute_dtype, load_model, weight_bytes
 from .memory import on_metal, set_limits, working_set
+from .metal.register import decisions
 from .pools import LayerPages, LayerStates, MLXPages
 from .recognise import Recognised, recognise_model
 from .runner import CacheGroup, MLXRunner, Started
@@ -121,13 +122,13 @@ class MLXExecutor:
         dtype = compute_dtype(model)
         found = recognise_model(model, DTYPES[dtype])
         log.extend(found.decisions)
-        ops = self._kernels(dtype)
-        log.extend(ops.decisions)
         kv_dtype = self._kv_dtype(found, log)
+        ops = self._kernels(dtype, kv_dtype)
+        log.extend((*ops.decisions, *decisions(ops)))
         needs = group_needs([layer.need for layer in found.layers], KINDS)
         budget = self._budget(weights)
         plan = CachePlanner(spec, needs, kv_dtype, checkpoint.context_length, budget, log).plan()
-        groups, caches = self._reserve(found, plan, needs, kv_dtype)
+        groups, caches = self._reserve(found, plan, needs, kv_dtype, ops)
         log.extend(set_limits(weights, plan.bytes, self._os_version))
         self._runner = MLXRunner(
             found.model, groups, caches, ops, spec.max_rows, checkpoint.vocab_size
@@ -164,10 +165,10 @@ class MLXExecutor:
             return (total - weights) // 2, f"half of what the weights leave of {because}"
         return (total - weights) // CACHE_SHARE, f"a quarter of what the weights leave of {because}"
 
-    def _kernels(self, dtype: str) -> KernelTable:
+    def _kernels(self, dtype: str, kv_dtype: str) -> KernelTable:
         registry = KernelRegistry()
         register(registry)
-        problems = [Problem(op, dtype) for op in OPS]
+        problems = [*(Problem(op, dtype) for op in OPS), Problem("page_gather", kv_dtype)]
         return registry.resolve(problems, self._facts, self._spec.kernels, self._spec.strict)
 
     def _kv_dtype(self, found: Recognised, log: DecisionLog) -> str:
@@ -183,7 +184,12 @@ class MLXExecutor:
         return found.kv_dtype
 
     def _reserve(
-        self, found: Recognised, plan: CachePlan, needs: tuple[GroupNeed, ...], kv_dtype: str
+        self,
+        found: Recognised,
+        plan: CachePlan,
+        needs: tuple[GroupNeed, ...],
+        kv_dtype: str,
+        ops: KernelTable,
     ) -> tuple[list[CacheGroup], list[Cache]]:
         by_layer: dict[int, Cache] = {}
         groups = []
@@ -198,7 +204,7 @@ class MLXExecutor:
                     by_layer[index] = StateCache(states)
                     continue
                 sizes = layer.need.kv_heads, layer.need.head_dim, layer.need.values_dim
-                pages.append(LayerPages(group, *sizes, DTYPES[kv_dtype]))
+                pages.append(LayerPages(group, *sizes, DTYPES[kv_dtype], ops.page_gather))
                 by_layer[index] = PagedCache(pages[-1], group.window)
             if pages:
                 self.pools[group.name] = MLXPages(group, pages, kv_dtype)

@@ -7,12 +7,13 @@ the next one's writes are started; otherwise every write would copy the pool.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from ..interface_kv import KVGroup, KVLayout
+from .page_kernels import page_gather
 from .step_plan import PagePlan, StatePlan
 
 
@@ -21,9 +22,16 @@ class LayerPages:
     pages of a head are one block, and one token of a head is one row."""
 
     def __init__(
-        self, group: KVGroup, heads: int, key_dim: int, value_dim: int, dtype: mx.Dtype
+        self,
+        group: KVGroup,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: mx.Dtype,
+        gather: Callable[..., tuple[mx.array, mx.array]] = page_gather,
     ) -> None:
         self.heads = heads
+        self._gather = gather
         self.dims = (key_dim, value_dim)
         self._pages, self._size = group.pages, group.page_size
         self._tokens = group.pages * group.page_size
@@ -48,19 +56,18 @@ class LayerPages:
 
     def read(self, plan: PagePlan) -> tuple[mx.array, mx.array]:
         """(R, H, K, dim) of keys and of values."""
-        keys, values = (self._read(plan, i) for i in range(2))
-        return keys, values
-
-    def _read(self, plan: PagePlan, i: int) -> mx.array:
-        dim = self.dims[i]
         if plan.run is not None:  # no copy
             start, stop = plan.run
-            return self.arrays[i].reshape(1, self.heads, self._tokens, dim)[:, :, start:stop]
-        count, pages = plan.pages.shape
-        where = plan.index("pages", self.heads, self._pages)
-        found = mx.take(self._blocks(i), where, axis=0)
-        found = found.reshape(self.heads, count, pages * self._size, dim).swapaxes(0, 1)
-        return found if plan.length is None else found[:, :, : plan.length]
+            keys, values = (
+                self.arrays[i].reshape(1, self.heads, self._tokens, dim)[:, :, start:stop]
+                for i, dim in enumerate(self.dims)
+            )
+            return keys, values
+        pages = plan.index("pages", 1, 0).reshape(plan.pages.shape)
+        keys, values = self._gather(*self.arrays, pages, self.heads, self._size)
+        if plan.length is None:
+            return keys, values
+        return keys[:, :, : plan.length], values[:, :, : plan.length]
 
     def _blocks(self, i: int) -> mx.array:
         return self.arrays[i].reshape(self.heads * self._pages, self._size * self.dims[i])

@@ -174,12 +174,12 @@ def _exponentials(uniform: NDArray[np.float64], vocab: int) -> mx.array:
     low = _column((bits & np.uint64(0xFFFFFFFF)).astype(np.uint32))
     high = _column((bits >> np.uint64(32)).astype(np.uint32))
     ids = mx.arange(vocab, dtype=mx.uint32)[None]
-    h = _mix32(_mix32(ids * mx.array(0x9E3779B9, mx.uint32) + low) ^ high)
+    h = mix32(mix32(ids * mx.array(0x9E3779B9, mx.uint32) + low) ^ high)
     x = (h.astype(mx.float32) + 0.5) * 2.0**-32
     return mx.minimum(-mx.log1p(-x), LONGEST)
 
 
-def _mix32(h: mx.array) -> mx.array:
+def mix32(h: mx.array) -> mx.array:
     h = (h ^ (h >> 16)) * mx.array(0x85EBCA6B, mx.uint32)
     h = (h ^ (h >> 13)) * mx.array(0xC2B2AE35, mx.uint32)
     return h ^ (h >> 16)

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from torch import Tensor
 
+from ...common.ops.page_digest import SEED, STRIDE
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from .attention import SdpaAttention
 from .device import TorchDevice
-from .sampler import sample
+from .sampler import mix32, sample, signed
 
 if TYPE_CHECKING:
     from ...common.ops.registry import KernelRegistry
@@ -118,6 +119,34 @@ def page_copy(pool: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
     return pool.index_copy_(1, targets, pool.index_select(1, sources))
 
 
+def page_gather(
+    keys: Tensor, values: Tensor, pages: Tensor, heads: int, page_size: int
+) -> tuple[Tensor, Tensor]:
+    rows, columns = pages.shape
+
+    def gathered(storage: Tensor) -> Tensor:
+        blocks = storage.view(heads, -1, page_size * storage.shape[1])
+        found = blocks.index_select(1, pages.reshape(-1)).unflatten(1, (rows, columns))
+        return found.transpose(0, 1).reshape(rows, heads, columns * page_size, storage.shape[1])
+
+    return gathered(keys), gathered(values)
+
+
+def page_digest(pool: Tensor, pages: Tensor) -> Tensor:
+    """int64, for torch has little of uint32."""
+    found = pool.index_select(0, pages).flatten(1)
+    width = 8 * found.element_size()
+    bits = found.view(_BITS[width]).int() & (-1 if width == 32 else (1 << width) - 1)
+    places = torch.arange(bits.shape[1], dtype=torch.int32, device=pool.device)
+    k = mix32(places * signed(STRIDE) + SEED)
+    a = mix32(k ^ bits)
+    words = [part.sum(dim=1, dtype=torch.int64) & 0xFFFFFFFF for part in (a, mix32(a + k))]
+    return torch.stack(words, dim=1)
+
+
+_BITS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
+
+
 def logprobs(logits: Tensor, token_ids: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     clean = torch.nan_to_num(logits, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     # Shifted first: subtracting the logarithm from large logits would cancel their digits.
@@ -143,6 +172,8 @@ GENERIC: dict[str, Callable[..., Any]] = {
     "moe": moe,
     "kv_write": kv_write,
     "page_copy": page_copy,
+    "page_gather": page_gather,
+    "page_digest": page_digest,
     "sample": sample,
     "logprobs": logprobs,
 }

@@ -162,19 +162,19 @@ def _exponentials(uniform: NDArray[np.float64], like: Tensor) -> Tensor:
         for half in (bits & 0xFFFFFFFF, bits >> 32)
     )
     ids = torch.arange(like.shape[1], dtype=torch.int32, device=like.device)
-    h = _mix32(_mix32(ids * _signed(0x9E3779B9) + low) ^ high)
+    h = mix32(mix32(ids * signed(0x9E3779B9) + low) ^ high)
     x = (h.float() + torch.where(h < 0, 2.0**32 + 0.5, 0.5)) * 2.0**-32
     return x.neg_().log1p_().neg_().clamp_(max=LONGEST)
 
 
-def _mix32(h: Tensor) -> Tensor:
+def mix32(h: Tensor) -> Tensor:
     """`mix32` of the contract on int32, whose products wrap and whose shifts keep the sign."""
-    h = (h ^ ((h >> 16) & 0xFFFF)) * _signed(0x85EBCA6B)
-    h = (h ^ ((h >> 13) & 0x7FFFF)) * _signed(0xC2B2AE35)
+    h = (h ^ ((h >> 16) & 0xFFFF)) * signed(0x85EBCA6B)
+    h = (h ^ ((h >> 13) & 0x7FFFF)) * signed(0xC2B2AE35)
     return h ^ ((h >> 16) & 0xFFFF)
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 

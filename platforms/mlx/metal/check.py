@@ -1,0 +1,77 @@
+"""Comparing a kernel with the generic one before it is used. What cannot be tested where it is
+written is tested where it runs: at every start, on the cases of its op's contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ....common.ops import OPS
+from ...interface_kernels import Case
+
+FLOAT32_OPS = frozenset({"sample"})
+"""Ops whose inputs are float32 in every model."""
+
+NARROW = {np.dtype(np.int64): np.int32}
+
+
+def refusal(
+    op: str, candidate: Callable[..., Any], trusted: Callable[..., Any], dtype: mx.Dtype
+) -> str | None:
+    """Why `candidate` must not serve: the first case in which it fails or differs from `trusted` by
+    more than the op's tolerance. None when it agrees in all of them."""
+    for case in OPS[op].cases(np.random.default_rng(0)):
+        try:
+            made = _run(candidate, op, case, dtype)
+        except Exception as error:
+            return f"it fails on this device, case {case.name!r}: {_first_line(error)}"
+        apart = _difference(op, made, _run(trusted, op, case, dtype), dtype)
+        if apart:
+            return f"it differs from the generic kernel on this device, case {case.name!r}: {apart}"
+    return None
+
+
+def arguments(op: str, case: Case, dtype: mx.Dtype) -> dict[str, Any]:
+    """The case as a kernel of this platform takes it."""
+    floats = mx.float32 if op in FLOAT32_OPS else dtype
+    return {name: _argument(value, floats) for name, value in case.args.items()}
+
+
+def _argument(value: Any, floats: mx.Dtype) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    array = mx.array(value.astype(NARROW.get(value.dtype, value.dtype), copy=False))
+    return array.astype(floats) if value.dtype.kind == "f" else array
+
+
+def _run(fn: Callable[..., Any], op: str, case: Case, dtype: mx.Dtype) -> list[mx.array]:
+    found = fn(**arguments(op, case, dtype))
+    arrays = list(found) if isinstance(found, tuple) else [found]
+    mx.eval(arrays)
+    return arrays
+
+
+def _difference(op: str, made: list[mx.array], wanted: list[mx.array], dtype: mx.Dtype) -> str:
+    kind = "float32" if op in FLOAT32_OPS else str(dtype).removeprefix("mlx.core.")
+    tolerance = OPS[op].tolerance[kind]
+    for a, b in zip(made, wanted, strict=True):
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            return f"{a.dtype} {a.shape} instead of {b.dtype} {b.shape}"
+        left, right = (np.array(x.astype(mx.float32) if _is_float(x) else x) for x in (a, b))
+        close = np.isclose(
+            left.astype(np.float64), right, tolerance.rtol, tolerance.atol, equal_nan=True
+        )
+        if not close.all():
+            return f"{int((~close).sum())} of {close.size} elements"
+    return ""
+
+
+def _is_float(x: mx.array) -> bool:
+    return bool(mx.issubdtype(x.dtype, mx.floating))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
