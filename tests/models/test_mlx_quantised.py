@@ -1,0 +1,79 @@
+"""Contract: quantised checkpoints load as they are on the MLX platform and give mlx-lm's own tokens;
+GGUF blocks with one scale for 32 numbers become MLX's affine form without changing a number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from support.run_mlx import GREEDY, complete, running
+from support.tiny_mlx import CONFIGS, VOCAB, build, own_greedy
+
+from sixfold.common.checkpoint.checkpoint import open_checkpoint
+from sixfold.common.checkpoint.gguf_weights import GGUFWeights
+from sixfold.common.checkpoint.source import resolve_model
+from sixfold.common.errors import ConfigError
+from sixfold.platforms.mlx.gguf import OFFSETS, load_gguf
+
+FORMS = {
+    "4bit": {"group_size": 32, "bits": 4, "mode": "affine"},
+    "8bit": {"group_size": 32, "bits": 8, "mode": "affine"},
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+}
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+
+
+def write_quantised(folder: Path, name: str, form: dict[str, Any]) -> Path:
+    """A directory in the form of mlx-community's: packed weights, and how in config.json."""
+    folder.mkdir()
+    model = build(name, **WIDE)
+    nn.quantize(model, **form)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    config = {"model_type": name, **CONFIGS[name], **WIDE, "quantization": form}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
+def test_a_quantised_directory_is_served_as_it_is(tmp_path: Path, name: str, form: str) -> None:
+    path = write_quantised(tmp_path / "q", name, FORMS[form])
+    rng = np.random.default_rng(2)
+    asked = [rng.integers(0, VOCAB, length).tolist() for length in (3, 11, 20)]
+    expected = own_greedy(path, asked, GREEDY.max_tokens or 0)
+    with running(path) as (engine, info):
+        assert complete(engine, asked) == expected
+        (weights,) = [d for d in info.decisions if d.what == "weights"]
+        assert weights.because == "kept as the checkpoint stores them"
+        assert weights.chosen.startswith(FORMS[form]["mode"])
+    with running(path, quantize="none") as (engine, info):
+        assert len(complete(engine, asked)[0]) == 12
+    with pytest.raises(ConfigError, match="already"), running(path, quantize="int8"):
+        pass
+
+
+def test_gguf_blocks_are_kept_exactly() -> None:
+    checkpoint = open_checkpoint(resolve_model(""))
+    source = GGUFWeights(checkpoint.path)
+    model, config = load_gguf(checkpoint, keep_blocks=True, dtype=mx.float16)
+    assert config["quantization"]["group_size"] == 32
+    modules = dict(model.named_modules())
+    kept = [name for name in source.names() if source.scheme(name) in OFFSETS]
+    assert len(kept) > 100
+    for name in kept[:: len(kept) // 12]:
+        module = modules[name.removesuffix(".weight")]
+        found = mx.dequantize(
+            module.weight,
+            module.scales.astype(mx.float32),
+            module.biases.astype(mx.float32),
+            module.group_size,
+            module.bits,
+        )
+        rows = source.shape(name)[0]
+        np.testing.assert_array_equal(np.array(found), source.read_rows(name, 0, rows), name)
