@@ -1,4 +1,4 @@
-"""Contract: quantised checkpoints load as they are on the MLX platform and give mlx-lm's own tokens;
+"""Contract: quantised checkpoints load as they are on the MLX platform and give mlx-lm's tokens;
 GGUF blocks with one scale for 32 numbers become MLX's affine form without changing a number."""
 
 from __future__ import annotations
