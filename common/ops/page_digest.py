@@ -53,8 +53,8 @@ def cases(rng: np.random.Generator) -> Iterable[Case]:
             pool = rng.integers(0, 2**width, shape, dtype=np.uint64).astype(kind)
             yield Case(f"{name}_{width}", {"pool": pool, "pages": np.array(pages, np.int32)})
     head_first = rng.integers(0, 2**16, (2, 5, 4, 8), dtype=np.uint64).astype(np.uint16)
-    pages = np.array([4, 1], np.int32)
-    yield Case("stored_by_head", {"pool": head_first.transpose(1, 2, 0, 3), "pages": pages})
+    by_head = {"pool": head_first.transpose(1, 2, 0, 3), "pages": np.array([4, 1], np.int32)}
+    yield Case("stored_by_head", by_head)
 
 
 OPS = (Op("page_digest", page_digest, cases, EXACT),)

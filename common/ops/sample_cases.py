@@ -84,6 +84,12 @@ def _greedy_cases(rng: np.random.Generator) -> Iterable[Case]:
     tied[1, [7, 40]] = 2.0
     tied[2] = -5.0
     yield _case("greedy_ties", tied, [greedy] * 3)
+    far_apart = np.full((2, 4099), -1.0, np.float32)
+    far_apart[1, [600, 1112, 4098]] = 3.0
+    yield _case("greedy_ties_far_apart", far_apart, [greedy] * 2)
+    begun = normal(rng, 2, 4099)
+    begun[0, :3000], begun[1, :3000] = np.nan, -np.inf
+    yield _case("banned_up_to_a_place", begun, [greedy, {"uniform": 0.3}])
     broken = normal(rng, 4, 33)
     broken[0, 5] = np.nan
     broken[1, :] = np.nan
@@ -98,6 +104,8 @@ def _filter_cases(rng: np.random.Generator) -> Iterable[Case]:
     logits = normal(rng, 6, 257, scale=3.0)
     draws = [{"uniform": u} for u in (0.0, 0.1, 0.5, 0.9, 0.999999, np.nextafter(1.0, 0.0))]
     yield _case("draws", logits, draws)
+    few = normal(rng, 96, 5)  # so that the winner's variate need not be small
+    yield _case("draws_of_few", few, [{"uniform": rng.random()} for _ in few])
     for name, field, values in [
         ("top_k", "top_k", (1, 2, 40, 257, 1000, 2**31 - 1)),
         ("top_p", "top_p", (1e-6, 0.1, 0.5, 0.9, 0.999, 1.0)),

@@ -164,16 +164,15 @@ def _race(
     rows, vocab = logits.shape
     bits = (s.uniform * 2.0**53).astype(np.uint64)
     draws = np.stack([bits & np.uint64(0xFFFFFFFF), bits >> np.uint64(32)], axis=1)
-    masked = grammar_mask is not None
     call = Launch(
         inputs=[
             logits.astype(mx.float32),
             mx.array(s.temperature),
             mx.array(draws.astype(np.uint32)),
-            grammar_mask if masked else mx.zeros((1, 1), mx.uint32),
+            mx.zeros((1, 1), mx.uint32) if grammar_mask is None else grammar_mask,
             mx.array(vocab, mx.int32),
         ],
-        template=[("GROUPS", THREADS // 32), ("MASKED", masked)],
+        template=[("GROUPS", THREADS // 32), ("MASKED", grammar_mask is not None)],
         threads=(THREADS, rows, 1),
         group=THREADS,
         shapes=[(rows,)],
