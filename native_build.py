@@ -23,7 +23,7 @@ _ARM64 = {
     "neondot": ["-march=armv8.2-a+dotprod"],
     "neoni8mm": ["-march=armv8.2-a+dotprod+i8mm"],
 }
-LEVEL_FREE = ("team", "amx_permission", "api")
+LEVEL_FREE = ("affinity", "team", "amx_permission", "api")
 """Sources that are compiled once, for any CPU."""
 
 

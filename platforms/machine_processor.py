@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import psutil
 
+from .machine_control_groups import control_groups
 from .machine_source import Source
+from .machine_topology import topology, usable_cpus
 
 # Arm part numbers (MIDR_EL1 implementer 0x41, Arm Ltd technical reference manuals).
 ARM_PARTS = {
@@ -49,14 +49,13 @@ def processor(source: Source, system: str) -> Processor:
     fields = _cpuinfo(source)
     flags = fields.get("flags") or fields.get("Features") or ""
     name = fields.get("model name") or ARM_PARTS.get(fields.get("CPU part", ""), "")
-    logical = _usable_cpus()
-    quota = _cpu_quota(source)
-    cores = {_core(source, cpu) for cpu in logical}
+    seen = topology(source, usable_cpus())
+    quota = seen.whole_quota or len(seen.cpus)
     return Processor(
         name or platform.processor() or platform.machine(),
         frozenset(flags.split()),
-        max(1, min(len(cores), quota)),
-        max(1, min(len(logical), quota)),
+        max(1, min(len(seen.first_of_each_core()), quota)),
+        max(1, min(len(seen.cpus), quota)),
     )
 
 
@@ -65,19 +64,6 @@ def _cpuinfo(source: Source) -> dict[str, str]:
     block = source.text("/proc/cpuinfo").split("\n\n")[0]
     pairs = (line.split(":", 1) for line in block.splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}
-
-
-def _usable_cpus() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _core(source: Source, cpu: int) -> tuple[str, str]:
-    """What two hardware threads of one core share; the thread itself where that is not told."""
-    folder = f"/sys/devices/system/cpu/cpu{cpu}/topology"
-    package, core = (source.text(f"{folder}/{n}") for n in ("physical_package_id", "core_id"))
-    return (package, core) if core else ("thread", str(cpu))
 
 
 def _darwin(source: Source) -> Processor:
@@ -105,27 +91,13 @@ def memory(source: Source) -> tuple[int, int]:
     return total, available
 
 
-def _cpu_quota(source: Source) -> int:
-    """Cores' worth of time that the control groups allow, rounded up; a huge number when free."""
-    shares = [math.inf]
-    for folder in _groups(source, "cpu"):
-        quota, _, period = source.text(f"{folder}/cpu.max").partition(" ")
-        if not quota:
-            quota = source.text(f"{folder}/cpu.cfs_quota_us")
-            period = source.text(f"{folder}/cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit() and int(period) > 0 and int(quota) > 0:
-            shares.append(int(quota) / int(period))
-    least = min(shares)
-    return 1 << 20 if math.isinf(least) else max(1, math.ceil(least))
-
-
 def _memory_limits(source: Source) -> Iterator[tuple[int, int]]:
     """(limit, used) of each control group that sets a limit. Reclaimable file cache is not used."""
     names = (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     )
-    for folder in _groups(source, "memory"):
+    for folder in control_groups(source, "memory"):
         for limit_name, used_name, cache_name in names:
             limit = source.text(f"{folder}/{limit_name}")
             if limit.isdigit():
@@ -133,19 +105,3 @@ def _memory_limits(source: Source) -> Iterator[tuple[int, int]]:
                 lines = source.text(f"{folder}/memory.stat").splitlines()
                 stat = dict(line.split(" ", 1) for line in lines if " " in line)
                 yield int(limit), used - int(stat.get(cache_name, "0"))
-
-
-def _groups(source: Source, controller: str) -> Iterator[str]:
-    """Folders of this process's control group and its ancestors, versions 2 and 1."""
-    for line in source.text("/proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
-        if number == "0":
-            base = "/sys/fs/cgroup"
-        elif controller in names.split(","):
-            base = f"/sys/fs/cgroup/{names}"
-        else:
-            continue
-        # Inside a container the path may be the host's: then only the root of the mount exists.
-        for part in (PurePosixPath(path), *PurePosixPath(path).parents):
-            yield f"{base}{part}".rstrip("/")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from ..interface import DeviceFacts, EngineSpec, Executor, Machine, Probe, Status, Support
 from ..judgement import RANK_CPU, SERVED, judge, torch_found, torch_lacks
+from ..machine_source import Source
+from ..machine_topology import topology, usable_cpus
 
 FEATURES = frozenset(
     "avx2 f16c fma avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx512_fp16 "
@@ -76,7 +79,9 @@ class CPUPlatform:
         from .device import CpuDevice
         from .kernels import register
 
-        device = CpuDevice(facts, spec.threads)
+        # Other systems than Linux neither tell a topology nor hold threads to CPUs.
+        seen = topology(Source(), usable_cpus()) if sys.platform == "linux" else None
+        device = CpuDevice(facts, spec.threads, seen)
         return TorchExecutor(spec, device, lambda registry: register(registry, device))
 
 

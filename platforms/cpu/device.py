@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from typing import Any
 
 import psutil
@@ -9,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..interface import Decision, DeviceFacts, Status, Support
+from ..machine_topology import Topology, without_details
 from ..torch_runtime.device import TorchDevice
 from .host_memory import keep_freed_memory
 from .linear_preference import preference
 from .native_library import LEVELS, Team, missing, usable_levels
 from .native_ops import Issuer
+from .placement import place
 from .step_recorder import StepRecorder
 
 CACHE_SHARE = 4
@@ -26,6 +30,20 @@ def _lacks(features: frozenset[str]) -> str:
     return "this CPU has it, but the compiler did not know it or the system refuses it"
 
 
+def _set_affinity(cpus: Iterable[int]) -> bool:
+    """Of the calling thread alone. The kernel takes what a control group allows of a set, so that
+    what it made of it must be read back."""
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError:
+        return False
+    if os.sched_getaffinity(0) == set(cpus):
+        return True
+    os.sched_setaffinity(0, before)
+    return False
+
+
 class HostEvent:
     """Work on a CPU is done when its call returns, so there is nothing to wait for."""
 
@@ -34,19 +52,22 @@ class HostEvent:
 
 
 class CpuDevice(TorchDevice):
-    """`threads` None means one per physical core that this process may use."""
+    """`threads` None: as many as `place` finds right for the topology; with no topology, one per
+    core of the facts, and no thread is held anywhere."""
 
     feature_support = Support(Status.YES, "tested on CPU")
 
-    def __init__(self, facts: DeviceFacts, threads: int | None = None) -> None:
+    def __init__(
+        self, facts: DeviceFacts, threads: int | None = None, topology: Topology | None = None
+    ) -> None:
         super().__init__(facts, "cpu")
-        self._wanted_threads = threads
+        self._placement = place(topology or without_details(max(1, facts.cores)), threads)
         self._keeps_memory = False
         self._issuer: Issuer | None = None
 
     @property
     def threads(self) -> int:
-        return self._wanted_threads or max(1, self.facts.cores)
+        return self._placement.threads
 
     @property
     def level(self) -> str | None:
@@ -65,15 +86,29 @@ class CpuDevice(TorchDevice):
         self._keeps_memory = keep_freed_memory()
 
     def attach(self) -> None:
-        torch.set_num_threads(self.threads)
+        placement = self._placement
+        if placement.cpus and not self._hold(placement.cpus):
+            self._placement = placement.left_to_system("it refused the CPUs that it had named")
+        torch.set_num_threads(self.threads)  # starts threads, so after their mask is settled
+
+    def _hold(self, cpus: tuple[int, ...]) -> bool:
+        """Keep the calling thread and those it starts on `cpus`: memory is taken from the node of
+        the thread that first writes it, so this comes before loading. torch's OpenMP threads are
+        among those started and stay free within `cpus`: held to one each, they would need it again
+        whenever OpenMP replaces them, and they only work while the native team waits."""
+        before = os.sched_getaffinity(0)
+        if not _set_affinity(cpus):
+            return False
+        if not self._placement.has_one_each or self.issuer is None or self.issuer.team.place(cpus):
+            return True
+        self._issuer = None  # some of its threads are held already
+        os.sched_setaffinity(0, before)
+        return False
 
     def decisions(self) -> tuple[Decision, ...]:
-        because = "set by the user"
-        if self._wanted_threads is None:
-            because = "one per physical core that this process may use"
         kept = self._keeps_memory
         return (
-            Decision("threads", str(self.threads), because),
+            *self._placement.decisions(),
             self._native_decision(),
             preference(self.facts.features).decision,
             Decision(

@@ -12,8 +12,8 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ABI = 4
-"""Version of the structs below; a library of another version is not used."""
+ABI = 5
+"""Version of the structs below and of the functions; a library of another version is not used."""
 
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
@@ -99,6 +99,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
             return None, f"{path.name} is of another version of this package: install it again"
         library.sixfold_team.restype = ctypes.c_void_p
         library.sixfold_team.argtypes = (ctypes.c_int, ctypes.c_char_p)
+        library.sixfold_team_place.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
         library.sixfold_team_free.argtypes = (ctypes.c_void_p,)
         library.sixfold_run.argtypes = (
             ctypes.c_void_p,
@@ -140,6 +141,14 @@ class Team:
         self._handle = library.sixfold_team(threads, level.encode())
         if not self._handle:
             raise ValueError(f"this library has no level {level!r}")
+
+    def place(self, cpus: Sequence[int]) -> bool:
+        """Hold each thread to a CPU of its own, one entry each; the calling thread of `run` goes
+        to the first whenever it runs. False: the system refuses."""
+        if len(cpus) != self.threads:
+            raise ValueError(f"{len(cpus)} CPUs for {self.threads} threads")
+        places = (ctypes.c_int * len(cpus))(*cpus)
+        return bool(self._library.sixfold_team_place(self._handle, places))
 
     def run(self, instructions: ctypes.Array[Instruction], count: int, tokens: int) -> None:
         self._library.sixfold_run(self._handle, instructions, count, tokens)

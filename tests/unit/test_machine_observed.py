@@ -64,7 +64,7 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd i8mm\nCPU implementer\t: 0x41\nCPU p
 
 
 def cores(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_processor, "_usable_cpus", lambda: list(range(count)))
+    monkeypatch.setattr(machine_processor, "usable_cpus", lambda: list(range(count)))
 
 
 def topology(*core_ids: int) -> dict[str, str]:
@@ -100,7 +100,7 @@ def test_cores_without_a_topology_count_each(make: Make, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("files", "want"),
     [
-        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "150000 100000"}, 2),
+        ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "150000 100000"}, 1),
         ({"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/cpu.max": "max 100000"}, 8),
         ({"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/cpu.max": "300000 100000"}, 3),
         (
@@ -339,7 +339,10 @@ def test_nonsense_from_tools_and_files_never_raises(
     root = tmp_path_factory.mktemp("root")
     names = "/proc/cpuinfo /proc/self/cgroup /proc/driver/nvidia/version /etc/os-release "
     names += f"{KFD}/1/properties /sys/bus/pci/devices/x/resource /sys/fs/cgroup/memory.max "
-    names += "/usr/local/Ascend/driver/version.info /opt/rocm/.info/version"
+    names += "/usr/local/Ascend/driver/version.info /opt/rocm/.info/version "
+    names += "/sys/fs/cgroup/cpu.max /sys/devices/system/cpu/online "
+    names += "/sys/devices/system/cpu/cpu0/topology/thread_siblings_list "
+    names += "/sys/devices/system/node/node0/cpulist"
     for name in names.split():
         path = root / name.lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -273,7 +273,15 @@ def load(**changes) -> ExecutorInfo:
 def test_what_is_left_open_is_decided_with_a_reason() -> None:
     info = load(page_size=None)
     decided = {d.what: d for d in info.decisions}
-    for what in ("threads", "dtype", "page size", "cache", "max context", "kernel attention"):
+    for what in (
+        "threads",
+        "thread placement",
+        "dtype",
+        "page size",
+        "cache",
+        "max context",
+        "kernel attention",
+    ):
         assert decided[what].because, what
     assert info.page_size == 16
     assert info.max_context == 256

@@ -75,13 +75,18 @@ static const Kernels* find(const char* name) {
 #define SIXFOLD_API extern "C" __attribute__((visibility("default")))
 #endif
 
-SIXFOLD_API int sixfold_abi() { return 4; }
+SIXFOLD_API int sixfold_abi() { return 5; }
 
 SIXFOLD_API int sixfold_has_level(const char* level) { return sixfold::find(level) != nullptr; }
 
 SIXFOLD_API void* sixfold_team(int threads, const char* level) {
   const sixfold::Kernels* kernels = sixfold::find(level);
   return kernels ? new sixfold::Team(threads, kernels) : nullptr;
+}
+
+// `cpus` has one entry for each of the team's threads. 0: the system refuses.
+SIXFOLD_API int sixfold_team_place(void* team, const int* cpus) {
+  return static_cast<sixfold::Team*>(team)->place(cpus);
 }
 
 SIXFOLD_API void sixfold_team_free(void* team) { delete static_cast<sixfold::Team*>(team); }

@@ -2,6 +2,8 @@
 
 #include <chrono>
 
+#include "affinity.h"
+
 namespace sixfold {
 namespace {
 
@@ -32,6 +34,13 @@ Team::~Team() {
   for (auto& thread : threads_) thread.join();
 }
 
+bool Team::place(const int* cpus) {
+  for (size_t i = 0; i < threads_.size(); ++i)
+    if (!hold(threads_[i], cpus[i + 1])) return false;
+  home_ = cpus[0];
+  return true;
+}
+
 void Team::reserve(int count) {
   if (count <= capacity_) return;
   retired_.emplace_back(new Slot[count]);
@@ -40,6 +49,8 @@ void Team::reserve(int count) {
 }
 
 void Team::run(const Instruction* instructions, int count, const Step& step) {
+  // On a helper's CPU the two would take turns until the system notices.
+  if (home_ >= 0) move_to(home_);
   version_.fetch_add(1);
   reserve(count);
   const uint32_t version = version_.load() + 1;

@@ -14,6 +14,9 @@ class Team {
   Team(int threads, const Kernels* kernels);
   ~Team();
   void run(const Instruction* instructions, int count, const Step& step);
+  // Holds thread i to cpus[i]. Thread 0 is whoever calls `run`: it begins each run on cpus[0] and
+  // keeps its mask, which the threads that it starts for other work inherit.
+  bool place(const int* cpus);
 
  private:
   // `next` and `done` carry the run's number in their high half, so that a thread that was
@@ -36,6 +39,7 @@ class Team {
   std::vector<std::unique_ptr<Slot[]>> retired_;  // a late thread may still look at them
   std::atomic<Slot*> slots_{nullptr};
   int capacity_ = 0;
+  int home_ = -1;  // thread 0's CPU
   // A seqlock around the job: odd while it is written.
   std::atomic<uint32_t> version_{0};
   std::atomic<const Instruction*> instructions_{nullptr};
