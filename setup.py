@@ -31,6 +31,11 @@ class BuildLevels(build_ext):
         return True
 
     def build_extension(self, ext: Extension) -> None:
+        path = self.get_ext_fullpath(ext.name)
+        if self.inplace and not self.force and Path(path).exists():
+            built = Path(path).stat().st_mtime
+            if all(Path(source).stat().st_mtime < built for source in ext.depends):
+                return  # an editable install is made more than once
         levels = {n: flags for n, flags in levels_for(machine()).items() if self.knows(flags)}
         sources = [(f"level_{name}.cpp", flags) for name, flags in levels.items()]
         sources += [(f"{name}.cpp", []) for name in LEVEL_FREE]
@@ -50,7 +55,7 @@ class BuildLevels(build_ext):
             objects = [o for made in pool.map(compiled, sources) for o in made]
         self.compiler.link_shared_object(
             objects,
-            self.get_ext_fullpath(ext.name),
+            path,
             extra_postargs=["-pthread"],
             target_lang="c++",
         )
@@ -59,7 +64,7 @@ class BuildLevels(build_ext):
 extension = Extension(
     "sixfold.platforms.cpu._native",
     sources=[],
-    depends=[str(path) for path in NATIVE.glob("*")],
+    depends=["setup.py", "native_build.py", *(str(path) for path in NATIVE.glob("*"))],
     language="c++",
     optional=True,
 )

@@ -140,7 +140,7 @@ void check_linear(void* team, int format, int rows, int n, int k, bool has_min) 
   const int groups = (k + 31) / 32;
   std::vector<char> codes(static_cast<size_t>(rows) * groups * (32 + 24));
   Instruction list[2] = {};
-  list[0] = {kQuantise, rows, 0, 0, {address(x.data()), k, address(codes.data()), k}, {}};
+  list[0] = {kQuantise, rows, 0, 0, {address(x.data()), k, address(codes.data()), k, 1}, {}};
   list[1] = {kLinear, rows, 0, 0,
              {address(x.data()), k, address(&m.struct_), address(out.data()), n,
               address(codes.data())}, {}};
