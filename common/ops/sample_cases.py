@@ -120,6 +120,9 @@ def _filter_cases(rng: np.random.Generator) -> Iterable[Case]:
         yield _case(f"{field}_ties", tied, rows)
     flat = np.zeros((2, 5000), np.float32)  # more candidates than a short list can hold
     yield _case("flat_top_p", flat, [{"top_p": 0.9, "uniform": 0.95}, {"top_p": 0.3}])
+    wide = normal(rng, 24, 2003, scale=0.5)  # top-k ends behind a short list, top-p inside it
+    rows = [{"top_k": 1500, "top_p": 0.2, "uniform": rng.random()} for _ in wide]
+    yield _case("long_top_k_and_top_p", wide, rows)
 
 
 def _adjusting_cases(rng: np.random.Generator) -> Iterable[Case]:

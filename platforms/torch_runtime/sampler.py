@@ -203,8 +203,9 @@ def _kept(
         total = torch.where(limit < vocab, reached[:, -1:], everything)
         if length == vocab:
             break
-        # A short list suffices when top-k ends inside it, or top-p does.
-        if bool(((limit <= length) | (reached[:, -1:] >= share * total)).all()):
+        # A short list suffices when top-k ends inside it, or top-p does and the total is known.
+        enough = (limit == vocab) & (reached[:, -1:] >= share * total)
+        if bool(((limit <= length) | enough).all()):
             break
         length = vocab
     count = (inside & (reached - mass < share * total)).sum(dim=-1, keepdim=True).clamp(min=1)

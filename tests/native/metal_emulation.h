@@ -70,8 +70,8 @@ struct Group {
   bool failed;
 };
 
-inline Group group;
-inline char* stacks = nullptr;
+static Group group;
+static char* stacks = nullptr;
 
 inline void meet(Gate& gate, int line) {
   Thread* self = group.now;
@@ -155,7 +155,7 @@ inline int turn(int order, int i, int count) {
   return i < odd ? 2 * i + 1 : 2 * (i - odd);
 }
 
-inline void (*body)() = nullptr;
+static void (*body)() = nullptr;
 
 inline void enter() {
   try {

@@ -39,6 +39,8 @@ ATTRIBUTES = {
     "threadgroups_per_grid": ("uint3", "groups"),
     "threads_per_threadgroup": ("uint3", "size"),
 }
+# Metal's language is C++14 without its library.
+FLAGS = "-std=c++14 -pedantic -Wall -Werror -Wno-unused-variable -O1 -fPIC -shared".split()
 PAD, SENTINEL = 64, 0xA5
 ORDERS = 3
 
@@ -77,8 +79,7 @@ class Emulator:
             name = self._folder / hashlib.sha256(code.encode()).hexdigest()[:16]
             path = name.with_suffix(".cpp")
             path.write_text(code)
-            flags = "-std=c++17 -O1 -fPIC -shared -Wall -Werror -fno-fast-math".split()
-            command = ["g++", *flags, "-Wno-unused-variable", f"-I{HEADER.parent}", str(path)]
+            command = ["g++", *FLAGS, f"-I{HEADER.parent}", str(path)]
             subprocess.run([*command, "-o", f"{name}.so"], check=True)
             self._compiled[code] = ctypes.CDLL(f"{name}.so").sixfold_run
         return self._compiled[code]

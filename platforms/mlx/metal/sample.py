@@ -23,7 +23,7 @@ THREADS = 512
 
 # The variate is -log(1 - x) with x = (h + 1/2) / 2^32. From a half on, 1 - x is formed from the
 # inverted bits, exactly; below it, where log(1 - x) would lose digits, by the series of
-# 2 * atanh(x / (2 - x)), whose last term here is below 1e-8 of the sum.
+# 2 * atanh(x / (2 - x)), whose first term left out is below 1e-8 of the sum.
 VARIATE = """
 inline float sixfold_variate(uint h) {
   if (h >> 31)
