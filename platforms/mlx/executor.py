@@ -102,6 +102,8 @@ class MLXExecutor:
         self._runner = None
         self.pools.clear()
         mx.clear_cache()
+        # A stream's own thread that outlives the worker aborts the process when it exits.
+        mx.clear_streams()
 
     def _on_worker(self, work: Callable[[], T]) -> T:
         return self._worker.submit(work).result()

@@ -4,6 +4,8 @@ is honoured or refused."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -248,3 +250,16 @@ def test_impossible_settings_are_refused(llama: Path, tmp_path: Path) -> None:
     (odd / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match="no_such_type"), running(odd):
         pass
+
+
+def test_a_process_that_loaded_and_closed_ends_well(llama: Path) -> None:
+    """A stream's thread that outlived the worker aborted about every second process at its exit."""
+    script = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from support.run_mlx import mlx_executor\n"
+        "executor = mlx_executor(sys.argv[1]); executor.load(); executor.close()\n"
+    )
+    for _ in range(4):
+        command = [sys.executable, "-c", script, str(llama), *sys.path]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
