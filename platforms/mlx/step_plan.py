@@ -52,14 +52,19 @@ class Rows:
         return bool((counts != counts[0]).any())
 
 
+LONG = 128
+"""A row of so many tokens fills the device by itself, and alone it needs no mask and no padding."""
+
+
 def pieces(batch: StepBatch) -> list[Rows]:
-    """The step in runs of rows of like length, in order: a row may read pages that a row before it
-    writes in the same step. Padding never more than doubles a run."""
+    """The step in runs of rows of like length, long ones alone, in order: a row may read pages that
+    a row before it writes in the same step. Padding never more than doubles a run."""
     counts = np.diff(batch.query_start).tolist()
     result, first, longest, total = [], 0, 0, 0
     for row, count in enumerate(counts):
         wider = max(longest, count)
-        if row > first and wider * (row + 1 - first) > 2 * (total + count):
+        unlike = wider * (row + 1 - first) > 2 * (total + count) or wider >= LONG
+        if row > first and unlike:
             result.append(Rows(batch, first, row))
             first, wider, total = row, count, 0
         longest, total = wider, total + count
