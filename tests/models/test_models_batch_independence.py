@@ -18,9 +18,9 @@ from sixfold.platforms.cpu.native_attention import PART_KEYS
 from sixfold.platforms.cpu.native_library import missing
 from sixfold.platforms.interface import EngineSpec
 from sixfold.platforms.interface_step import StepBatch, Want
+from sixfold.platforms.sampling_rows import no_sampling
 from sixfold.platforms.torch_runtime.executor import TorchExecutor
 from sixfold.platforms.torch_runtime.model_runner import ModelRunner
-from sixfold.platforms.torch_runtime.sampling_rows import no_sampling
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason="no native kernels here")
 ROWS = 33
