@@ -94,9 +94,9 @@ def test_a_client_that_leaves_a_whole_answer_frees_its_row(server: Running) -> N
 
 
 def test_a_stop_string_frees_the_row(server: Running) -> None:
-    text = server.http.post("/v1/completions", json=long_body(server, max_tokens=8)).json()
+    text = server.http.post("/v1/completions", json=long_body(server, max_tokens=8, seed=1)).json()
     stop = text["choices"][0]["text"][2:4]
-    body = long_body(server, stop=stop)
+    body = long_body(server, stop=stop, seed=1)
     assert server.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
     server.until_running(0)
 
