@@ -2,7 +2,8 @@
 
     python ci/bench/moe_layer.py [--width 1024] [--inner 512] [--experts 64] [--top-k 8]
 
-Providers and forms of weight take turns, so that a busy machine slows all of them. Router included.
+Providers and forms of weight take turns, so that a busy machine slows all of them. Without the
+router's product.
 """
 
 from __future__ import annotations
