@@ -8,6 +8,7 @@
 
 typedef int64_t __m512i __attribute__((vector_size(64), may_alias));
 typedef int64_t __m256i __attribute__((vector_size(32), may_alias));
+typedef int64_t __m128i __attribute__((vector_size(16), may_alias));
 typedef float __m512 __attribute__((vector_size(64), may_alias));
 typedef uint64_t __mmask64;
 
@@ -100,11 +101,25 @@ static inline __m256i _mm256_loadu_si256(const __m256i* p) {
   return v;
 }
 
+static inline __m128i _mm_loadu_si128(const __m128i* p) {
+  __m128i v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
 static inline __m512i _mm512_cvtepu16_epi32(__m256i words) {
   uint16_t h[16];
   std::memcpy(h, &words, sizeof h);
   emulated::I32 r;
   for (int i = 0; i < 16; ++i) r.lane[i] = h[i];
+  return r.vector();
+}
+
+static inline __m512i _mm512_cvtepi8_epi32(__m128i bytes) {
+  int8_t b[16];
+  std::memcpy(b, &bytes, sizeof b);
+  emulated::I32 r;
+  for (int i = 0; i < 16; ++i) r.lane[i] = b[i];
   return r.vector();
 }
 

@@ -4,6 +4,7 @@
 // results that `merge_row` joins.
 
 constexpr int kKeys = 64;  // keys of a block of logits
+constexpr int kPanelKeys = 2 * W;  // of which so many are multiplied at once
 constexpr int kQueryRows = 96;
 constexpr int kFewRows = 6;  // below, turning the keys costs more than it saves
 constexpr int kTile = W == 16 ? 8 : W == 8 ? 6 : 4;
@@ -12,10 +13,11 @@ struct Piece {
   int32_t row, query_first, query_last, key_first, key_last;
 };
 
-// Keys of a block widened and turned, so that lanes are keys: (dim, kKeys).
+// Keys of a block widened and turned, so that lanes are keys: (kKeys / kPanelKeys, dim, kPanelKeys).
 template <int F>
 static void turn_keys(const uint8_t* const* keys, int count, int dim, float* turned) {
   for (int j = 0; j < count; j += W) {
+    float* panel = turned + j / kPanelKeys * kPanelKeys * dim + j % kPanelKeys;
     alignas(64) float scales[W];
     for (int i = 0; i < W; ++i)
       scales[i] = j + i < count ? kv_scale<F>(keys[j + i], dim) : 0.0f;
@@ -25,11 +27,11 @@ static void turn_keys(const uint8_t* const* keys, int count, int dim, float* tur
       nf block[W];
       for (int i = 0; i < W; ++i) block[i] = load_kv<F>(keys[j + i < count ? j + i : j], d);
       transpose(block);
-      for (int i = 0; i < W; ++i) store(turned + (d + i) * kKeys + j, block[i] * scale);
+      for (int i = 0; i < W; ++i) store(panel + (d + i) * kPanelKeys, block[i] * scale);
     }
     for (; d < dim; ++d)
       for (int i = 0; i < W; ++i)
-        turned[d * kKeys + j + i] = j + i < count ? kv_at<F>(keys[j + i], d) * scales[i] : 0.0f;
+        panel[d * kPanelKeys + i] = j + i < count ? kv_at<F>(keys[j + i], d) * scales[i] : 0.0f;
   }
 }
 
@@ -44,21 +46,23 @@ static void widen_values(const uint8_t* const* values, int count, int dim, float
   }
 }
 
-// logits (M, kKeys) from turned keys.
+// logits (M, kKeys) of the keys first..last, whole panels, from turned keys.
 template <int M>
-SIXFOLD_INLINE void logits_turned(const float* const* q, const float* turned, int dim, float* out) {
-  for (int block = 0; block < kKeys; block += 2 * W) {
+SIXFOLD_INLINE void logits_turned(const float* const* q, const float* turned, int first, int last,
+                                  int dim, float* out) {
+  for (int at = first / kPanelKeys * kPanelKeys; at < last; at += kPanelKeys) {
+    const float* panel = turned + at * dim;
     nf sum[M][2] = {};
-    for (int d = 0; d < dim; ++d) {
-      const nf a = load(turned + d * kKeys + block), b = load(turned + d * kKeys + block + W);
+    for (int d = 0; d < dim; ++d, panel += kPanelKeys) {
+      const nf a = load(panel), b = load(panel + W);
       for (int m = 0; m < M; ++m) {
         const nf x = splat(q[m][d]);
         sum[m][0] += x * a, sum[m][1] += x * b;
       }
     }
     for (int m = 0; m < M; ++m) {
-      store(out + m * kKeys + block, sum[m][0]);
-      store(out + m * kKeys + block + W, sum[m][1]);
+      store(out + m * kKeys + at, sum[m][0]);
+      store(out + m * kKeys + at + W, sum[m][1]);
     }
   }
 }
@@ -107,20 +111,30 @@ SIXFOLD_INLINE void logits_direct(const float* const* q, const uint8_t* const* k
   }
 }
 
-// out (M, dim) = out * keep + weights (M, count) times values.
+// out (M, dim) = out * keep + weights (M, kKeys) times the values first..last.
 template <int F, int M, int V>
-SIXFOLD_INLINE int values_part(const float* weights, const uint8_t* const* values, int count,
-                               int dim, const float* keep, float* out, int d) {
+SIXFOLD_INLINE int values_part(const float* weights, const uint8_t* const* values, int first,
+                               int last, int dim, const float* keep, float* out, int d) {
   for (; d + V * W <= dim; d += V * W) {
     nf sum[M][V];
     for (int m = 0; m < M; ++m)
       for (int p = 0; p < V; ++p) sum[m][p] = load(out + m * dim + d + p * W) * keep[m];
-    for (int j = 0; j < count; ++j) {
-      nf x[M];
-      for (int m = 0; m < M; ++m) x[m] = splat(weights[m * kKeys + j]);
-      for (int p = 0; p < V; ++p) {
-        const nf value = load_kv<F>(values[j], d + p * W);
-        for (int m = 0; m < M; ++m) sum[m][p] += x[m] * value;
+    for (int j = first; j < last; ++j) {
+      // The fewer of weights and values stay in registers: with all of both, sums would spill.
+      if constexpr (M > V) {
+        nf value[V];
+        for (int p = 0; p < V; ++p) value[p] = load_kv<F>(values[j], d + p * W);
+        for (int m = 0; m < M; ++m) {
+          const nf x = splat(weights[m * kKeys + j]);
+          for (int p = 0; p < V; ++p) sum[m][p] += x * value[p];
+        }
+      } else {
+        nf x[M];
+        for (int m = 0; m < M; ++m) x[m] = splat(weights[m * kKeys + j]);
+        for (int p = 0; p < V; ++p) {
+          const nf value = load_kv<F>(values[j], d + p * W);
+          for (int m = 0; m < M; ++m) sum[m][p] += x[m] * value;
+        }
       }
     }
     for (int m = 0; m < M; ++m)
@@ -130,38 +144,47 @@ SIXFOLD_INLINE int values_part(const float* weights, const uint8_t* const* value
 }
 
 template <int F, int M>
-SIXFOLD_INLINE void values_tile(const float* weights, const uint8_t* const* values, int count,
-                                int dim, const float* keep, float* out) {
-  int d = values_part<F, M, (M <= 3 ? 4 : 2)>(weights, values, count, dim, keep, out, 0);
-  d = values_part<F, M, 1>(weights, values, count, dim, keep, out, d);
+SIXFOLD_INLINE void values_tile(const float* weights, const uint8_t* const* values, int first,
+                                int last, int dim, const float* keep, float* out) {
+  int d = values_part<F, M, (M <= 3 ? 4 : 2)>(weights, values, first, last, dim, keep, out, 0);
+  d = values_part<F, M, 1>(weights, values, first, last, dim, keep, out, d);
   for (; d < dim; ++d)
     for (int m = 0; m < M; ++m) {
       float sum = out[m * dim + d] * keep[m];
-      for (int j = 0; j < count; ++j) sum += weights[m * kKeys + j] * kv_at<F>(values[j], d);
+      for (int j = first; j < last; ++j)
+        sum += weights[m * kKeys + j] * kv_at<F>(values[j], d);
       out[m * dim + d] = sum;
     }
 }
 
-// Raw products to softmax weights in place; updates the row's running maximum and sum.
-// `logits` may hold anything outside first..last; there the weights are 0.
-static float weigh(float* logits, int first, int last, const AttentionSpec& s, float* best,
+// Some of a block's keys, counted from its first.
+struct Span {
+  int first, last;
+  bool empty() const { return first >= last; }
+};
+
+// Raw products to softmax weights in place, in the panels of `tile`; updates the row's running
+// maximum and sum. Products outside `seen` may be anything; there the weights are 0.
+static float weigh(float* logits, Span seen, Span tile, const AttentionSpec& s, float* best,
                    float* total) {
-  if (first >= last) {
-    for (int j = 0; j < kKeys; j += W) store(logits + j, nf{});
+  const int from = tile.first / kPanelKeys * kPanelKeys;
+  const int to = (tile.last + kPanelKeys - 1) / kPanelKeys * kPanelKeys;
+  if (seen.empty()) {
+    for (int j = from; j < to; j += W) store(logits + j, nf{});
     return 1.0f;
   }
   ni lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
   const nf lowest = splat(-__builtin_inff());
-  const bool whole = first == 0 && last == kKeys;
+  const bool whole = seen.first <= from && seen.last >= to;
   nf top = lowest;
-  for (int j = 0; j < kKeys; j += W) {
+  for (int j = from; j < to; j += W) {
     nf x = load(logits + j) * s.scale;
     if (s.soft_cap > 0)
       for (int i = 0; i < W; ++i) x[i] = s.soft_cap * __builtin_tanhf(x[i] / s.soft_cap);
     if (!whole) {
       const ni position = lane + j;
-      x = choose((position >= first) & (position < last), x, lowest);
+      x = choose((position >= seen.first) & (position < seen.last), x, lowest);
     }
     store(logits + j, x);
     top = max_of(top, x);
@@ -170,7 +193,7 @@ static float weigh(float* logits, int first, int last, const AttentionSpec& s, f
   const float peak = highest > previous ? highest : previous;
   const float keep = previous == -__builtin_inff() ? 0.0f : exp_of(splat(previous - peak))[0];
   nf sums{};
-  for (int j = 0; j < kKeys; j += W) {
+  for (int j = from; j < to; j += W) {
     const nf weight = exp_of(load(logits + j) - peak);
     sums += weight;
     store(logits + j, weight);
@@ -182,75 +205,78 @@ static float weigh(float* logits, int first, int last, const AttentionSpec& s, f
 
 // Where a task's intermediate results lie in its thread's scratch, for `rows` query heads.
 struct AttentionScratch {
-  float *turned, *wide, *logits, *out, *best, *total, *keep;
+  float *turned, *wide, *logits, *out, *best, *total;
   const float** q;
 
   AttentionScratch(float* from, int rows, int dim) {
-    turned = from;                          // (dim, kKeys)
-    wide = turned + dim * kKeys;            // (kKeys, dim)
-    logits = wide + dim * kKeys;            // (rows, kKeys)
-    out = logits + (rows + 8) * kKeys;      // (rows, dim)
+    turned = from;                // (kKeys / kPanelKeys, dim, kPanelKeys)
+    wide = turned + dim * kKeys;  // (kKeys, dim)
+    logits = wide + dim * kKeys;  // (tile, kKeys)
+    out = logits + 8 * kKeys;     // (rows, dim)
     best = out + (rows + 8) * dim;
     total = best + rows + 8;
-    keep = total + rows + 8;
     q = reinterpret_cast<const float**>(
-        (reinterpret_cast<uintptr_t>(keep + rows + 8) + 63) & ~uintptr_t{63});
+        (reinterpret_cast<uintptr_t>(total + rows + 8) + 63) & ~uintptr_t{63});
   }
 };
 
-// One block of keys against `rows` query heads, in pieces that share what is loaded.
-template <int F>
-static void attend_block(const AttentionSpec& s, const AttentionScratch& at, int rows,
-                         const uint8_t* const* keys, const uint8_t** values, int count,
-                         int64_t value_bytes) {
-  int i = 0;
-  for (int j = 0; j < count; ++j) values[j] = keys[j] + value_bytes;
-  if (rows < kFewRows) {
-    for (; i + 4 <= rows; i += 4)
-      logits_direct<F, 4>(at.q + i, keys, count, s.dim, at.logits + i * kKeys);
-    for (; i + 3 <= rows; i += 3)
-      logits_direct<F, 3>(at.q + i, keys, count, s.dim, at.logits + i * kKeys);
-    for (; i < rows; ++i)
-      logits_direct<F, 1>(at.q + i, keys, count, s.dim, at.logits + i * kKeys);
-    return;
+// A block of a row's keys, and what each of a task's query heads sees of it.
+struct KeyBlock {
+  const uint8_t* keys[kKeys];
+  const uint8_t* values[kKeys];
+  float scales[kKeys];  // of the values, where they are bytes that nobody widened
+  int start, count;     // position of the first key
+  int query, group, window;  // position of the first query; query heads of a query
+
+  Span seen(int row) const {
+    const int position = query + row / group;
+    const int last = position + 1 - start, first = window ? position - window + 1 - start : 0;
+    return {first > 0 ? first : 0, last < count ? last : count};
   }
-  turn_keys<F>(keys, count, s.dim, at.turned);
-  for (; i + kTile <= rows; i += kTile)
-    logits_turned<kTile>(at.q + i, at.turned, s.dim, at.logits + i * kKeys);
-  for (; i + 2 <= rows; i += 2)
-    logits_turned<2>(at.q + i, at.turned, s.dim, at.logits + i * kKeys);
-  for (; i < rows; ++i) logits_turned<1>(at.q + i, at.turned, s.dim, at.logits + i * kKeys);
-  if constexpr (F != kF32) {
-    widen_values<F>(values, count, s.dim, at.wide);
-    for (int j = 0; j < count; ++j)
-      values[j] = reinterpret_cast<const uint8_t*>(at.wide + j * s.dim);
-  }
+};
+
+// The query heads i..i+M against a block: logits, weights, values, while they are in the cache.
+template <int F, int M, bool Few>
+SIXFOLD_INLINE void attend_tile(const AttentionSpec& s, const AttentionScratch& at,
+                                const KeyBlock& block, int i) {
+  const Span tile = {block.seen(i).first, block.seen(i + M - 1).last};
+  if (tile.empty()) return;
+  if constexpr (Few) logits_direct<F, M>(at.q + i, block.keys, block.count, s.dim, at.logits);
+  else logits_turned<M>(at.q + i, at.turned, tile.first, tile.last, s.dim, at.logits);
+  float keep[M];
+  for (int m = 0; m < M; ++m)
+    keep[m] = weigh(at.logits + m * kKeys, block.seen(i + m), tile, s, at.best + i + m,
+                    at.total + i + m);
+  if constexpr (Few && F == kQ8)
+    for (int m = 0; m < M; ++m)
+      for (int j = tile.first; j < tile.last; ++j) at.logits[m * kKeys + j] *= block.scales[j];
+  values_tile<Few ? F : kF32, M>(at.logits, block.values, tile.first, tile.last, s.dim, keep,
+                                 at.out + i * s.dim);
 }
 
+// One block of keys against `rows` query heads, in tiles that share what is loaded.
 template <int F>
-SIXFOLD_INLINE void gather_values(const AttentionSpec& s, const AttentionScratch& at, int rows,
-                                  const uint8_t* const* values, int count) {
+static void attend_block(const AttentionSpec& s, const AttentionScratch& at, int rows,
+                         KeyBlock& block, int64_t value_bytes) {
+  const int count = block.count;
+  for (int j = 0; j < count; ++j) block.values[j] = block.keys[j] + value_bytes;
   int i = 0;
-  if (rows >= kFewRows) {
-    for (; i + kTile <= rows; i += kTile)
-      values_tile<kF32, kTile>(at.logits + i * kKeys, values, count, s.dim, at.keep + i,
-                               at.out + i * s.dim);
-    for (; i < rows; ++i)
-      values_tile<kF32, 1>(at.logits + i * kKeys, values, count, s.dim, at.keep + i,
-                           at.out + i * s.dim);
+  if (rows < kFewRows) {
+    for (int j = 0; F == kQ8 && j < count; ++j) block.scales[j] = kv_scale<F>(block.values[j], s.dim);
+    for (; i + 4 <= rows; i += 4) attend_tile<F, 4, true>(s, at, block, i);
+    for (; i + 3 <= rows; i += 3) attend_tile<F, 3, true>(s, at, block, i);
+    for (; i < rows; ++i) attend_tile<F, 1, true>(s, at, block, i);
     return;
   }
-  if constexpr (F == kQ8)
-    for (int j = 0; j < count; ++j) {
-      const float scale = kv_scale<F>(values[j], s.dim);
-      for (int r = 0; r < rows; ++r) at.logits[r * kKeys + j] *= scale;
-    }
-  for (; i + 4 <= rows; i += 4)
-    values_tile<F, 4>(at.logits + i * kKeys, values, count, s.dim, at.keep + i, at.out + i * s.dim);
-  for (; i + 3 <= rows; i += 3)
-    values_tile<F, 3>(at.logits + i * kKeys, values, count, s.dim, at.keep + i, at.out + i * s.dim);
-  for (; i < rows; ++i)
-    values_tile<F, 1>(at.logits + i * kKeys, values, count, s.dim, at.keep + i, at.out + i * s.dim);
+  turn_keys<F>(block.keys, count, s.dim, at.turned);
+  if constexpr (F != kF32) {
+    widen_values<F>(block.values, count, s.dim, at.wide);
+    for (int j = 0; j < count; ++j)
+      block.values[j] = reinterpret_cast<const uint8_t*>(at.wide + j * s.dim);
+  }
+  for (; i + kTile <= rows; i += kTile) attend_tile<F, kTile, false>(s, at, block, i);
+  for (; i + 2 <= rows; i += 2) attend_tile<F, 2, false>(s, at, block, i);
+  for (; i < rows; ++i) attend_tile<F, 1, false>(s, at, block, i);
 }
 
 // A sink is a key that takes no value: the running softmax begins with it, once per query and head.
@@ -284,27 +310,20 @@ static void attend_piece(const Instruction& c, const AttentionSpec& s, const Att
     const int stop = piece.key_last < highest ? piece.key_last : highest;
     int start = piece.key_first;
     if (s.window && context + query - s.window + 1 > start) start = context + query - s.window + 1;
-    const uint8_t *now[kKeys], *next[kKeys], *values[kKeys];
-    int count = stop - start < kKeys ? stop - start : kKeys;
-    pages.find(start, count, now);
-    for (int key = start; key < stop; key += kKeys) {
-      const int after = key + count;
+    KeyBlock block;
+    block.query = context + query, block.group = group, block.window = s.window;
+    const uint8_t* next[kKeys];
+    block.count = stop - start < kKeys ? stop - start : kKeys;
+    pages.find(start, block.count, block.keys);
+    for (block.start = start; block.start < stop; block.start += kKeys) {
+      const int after = block.start + block.count;
       const int following = stop - after < kKeys ? stop - after : kKeys;
       pages.find(after, following, next);
       for (int j = 0; j < following; ++j)
         fetch(next[j], s.row_bytes), fetch(next[j] + part, s.row_bytes);
-      attend_block<F>(s, at, rows, now, values, count, part);
-      for (int i = 0; i < rows; ++i) {
-        const int position = context + query + i / group;
-        int last = position + 1 - key;
-        last = last < count ? last : count;
-        int first = s.window ? position - s.window + 1 - key : 0;
-        first = first > 0 ? first : 0;
-        at.keep[i] = weigh(at.logits + i * kKeys, first, last, s, at.best + i, at.total + i);
-      }
-      gather_values<F>(s, at, rows, values, count);
-      __builtin_memcpy(now, next, sizeof now);
-      count = following;
+      attend_block<F>(s, at, rows, block, part);
+      __builtin_memcpy(block.keys, next, sizeof next);
+      block.count = following;
     }
     for (int i = 0; i < rows; ++i) {
       const int head = kv_head * group + i % group;

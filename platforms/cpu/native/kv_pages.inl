@@ -3,13 +3,8 @@
 
 template <int F>
 SIXFOLD_INLINE nf load_kv(const uint8_t* row, int d) {
-  if constexpr (F == kQ8) {
-    bytes_w bytes;
-    __builtin_memcpy(&bytes, row + d, W);
-    return __builtin_convertvector(bytes, nf);
-  } else {
-    return load_weight<F>(row, d);
-  }
+  if constexpr (F == kQ8) return load_bytes(row + d);
+  else return load_weight<F>(row, d);
 }
 
 // One number; vectors would read past the end of a row.

@@ -26,7 +26,7 @@ SIXFOLD_INLINE nf to_float(ni v) { return __builtin_convertvector(v, nf); }
 SIXFOLD_INLINE nf choose(ni mask, nf a, nf b) {
   return (nf)(((ni)a & mask) | ((ni)b & ~mask));
 }
-SIXFOLD_INLINE nf max_of(nf a, nf b) { return choose(a > b, a, b); }
+SIXFOLD_INLINE nf max_of(nf a, nf b) { return a > b ? a : b; }
 
 // All lanes of the result hold the lanes of v joined by `join`, in log2(W) rounds.
 template <int kStep = W / 2, typename V, typename Join>
@@ -100,6 +100,23 @@ SIXFOLD_INLINE nf load_f16(const uint16_t* p) {
 typedef int8_t bytes_w __attribute__((vector_size(W)));
 typedef uint16_t halves_w __attribute__((vector_size(2 * W)));
 
+// W bytes as float. Compilers turn the generic conversion of bytes into scalar code.
+SIXFOLD_INLINE nf load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return to_float((ni)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return to_float((ni)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  uint32_t four;
+  __builtin_memcpy(&four, p, W);
+  return to_float((ni)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
+#else
+  bytes_w bytes;
+  __builtin_memcpy(&bytes, p, W);
+  return __builtin_convertvector(bytes, nf);
+#endif
+}
+
 // Numbers rounded to a 16-bit format, ties to even; what fp16 cannot hold becomes its largest.
 SIXFOLD_INLINE void store_bf16(uint16_t* p, nf v) {
   const vu bits = (vu)v;
@@ -171,10 +188,12 @@ SIXFOLD_INLINE ni to_steps(nf x, float inverse) {
 
 // exp by 2^n times a polynomial (Cephes' expf); saturates instead of overflowing.
 SIXFOLD_INLINE nf exp_of(nf x) {
-  x = choose(x > splat(88.0f), splat(88.0f), x);
+  const nf most = splat(88.0f);
+  x = x > most ? most : x;
   const ni tiny = x < splat(-87.0f);
   const nf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const nf n = (x * 1.44269504088896341f + magic) - magic;
+  const nf shifted = x * 1.44269504088896341f + magic;
+  const nf n = shifted - magic;
   nf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   nf p = splat(1.9875691500e-4f);
@@ -183,7 +202,7 @@ SIXFOLD_INLINE nf exp_of(nf x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const ni power = (__builtin_convertvector(n, ni) + 127) << 23;
+  p = (p * r + 1.0f) * r + 1.0f;
+  const ni power = ((ni)shifted << 23) + 0x3f800000;  // the integer is in the low bits
   return choose(tiny, nf{}, p * (nf)power);
 }
