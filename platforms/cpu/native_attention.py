@@ -104,6 +104,8 @@ class NativeAttention:
             reasons.append(f"serves float32, not {spec.dtype}")
         if spec.stored_dtype not in FORMATS:
             reasons.append(f"keeps {', '.join(FORMATS)}, not {spec.stored_dtype}")
+        if spec.scale <= 0:
+            reasons.append(f"scales above 0, not {spec.scale}")
         if spec.head_dim > LARGEST_DIM:
             reasons.append(f"head sizes up to {LARGEST_DIM}, not {spec.head_dim}")
         return tuple(reasons)

@@ -123,6 +123,13 @@ static inline __m512i _mm512_cvtepi8_epi32(__m128i bytes) {
   return r.vector();
 }
 
+static inline __m128i _mm512_cvtepi32_epi8(__m512i x) {
+  const emulated::I32 from(x);
+  int8_t b[16];
+  for (int i = 0; i < 16; ++i) b[i] = static_cast<int8_t>(from.lane[i]);
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+}
+
 static inline __m512i _mm512_slli_epi32(__m512i x, unsigned by) {
   emulated::I32 r(x);
   for (auto& lane : r.lane) lane = static_cast<int32_t>(static_cast<uint32_t>(lane) << by);

@@ -6,6 +6,7 @@
 constexpr int kKeys = 64;  // keys of a block of logits
 constexpr int kPanelKeys = 2 * W;  // of which so many are multiplied at once
 constexpr int kQueryRows = 96;
+constexpr float kLog2E = 1.44269504f;
 constexpr int kFewRows = 6;  // below, turning the keys costs more than it saves
 constexpr int kTile = W == 16 ? 8 : W == 8 ? 6 : 4;
 
@@ -173,28 +174,30 @@ static float weigh(float* logits, Span seen, Span tile, const AttentionSpec& s, 
     for (int j = from; j < to; j += W) store(logits + j, nf{});
     return 1.0f;
   }
-  ni lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  const nf lowest = splat(-__builtin_inff());
-  const bool whole = seen.first <= from && seen.last >= to;
-  nf top = lowest;
-  for (int j = from; j < to; j += W) {
-    nf x = load(logits + j) * s.scale;
-    if (s.soft_cap > 0)
-      for (int i = 0; i < W; ++i) x[i] = s.soft_cap * __builtin_tanhf(x[i] / s.soft_cap);
-    if (!whole) {
-      const ni position = lane + j;
-      x = choose((position >= seen.first) & (position < seen.last), x, lowest);
-    }
-    store(logits + j, x);
-    top = max_of(top, x);
+  float scale = s.scale;
+  if (s.soft_cap > 0) {
+    for (int j = from; j < to; ++j) logits[j] = s.soft_cap * __builtin_tanhf(logits[j] * scale / s.soft_cap);
+    scale = 1.0f;
   }
-  const float previous = *best, highest = max_lane(top);
+  const nf lowest = splat(-__builtin_inff());
+  if (seen.first > from || seen.last < to) {
+    ni lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    for (int j = from; j < to; j += W) {
+      const ni position = lane + j;
+      const ni visible = (position >= seen.first) & (position < seen.last);
+      store(logits + j, choose(visible, load(logits + j), lowest));
+    }
+  }
+  nf top = lowest;
+  for (int j = from; j < to; j += W) top = max_of(top, load(logits + j));
+  const float previous = *best, highest = max_lane(top) * scale;
   const float peak = highest > previous ? highest : previous;
-  const float keep = previous == -__builtin_inff() ? 0.0f : exp_of(splat(previous - peak))[0];
+  const float keep = peak == previous ? 1.0f : exp2_of(splat((previous - peak) * kLog2E))[0];
+  const float factor = scale * kLog2E, offset = peak * kLog2E;
   nf sums{};
   for (int j = from; j < to; j += W) {
-    const nf weight = exp_of(load(logits + j) - peak);
+    const nf weight = exp2_of(load(logits + j) * factor - offset);
     sums += weight;
     store(logits + j, weight);
   }
@@ -377,12 +380,12 @@ static void merge_run(const Instruction& c, int task) {
       const float top = plan.partials[(static_cast<int64_t>(i) * s.heads + head) * (s.dim + 2) + s.dim];
       best = top > best ? top : best;
     }
-    if (c.a[3]) total = exp_of(splat(sink - best))[0];
+    if (c.a[3]) total = exp2_of(splat((sink - best) * kLog2E))[0];
     for (int d = 0; d < s.dim; ++d) out[d] = 0;
     for (int i = merge[1]; i < merge[2]; ++i) {
       const float* partial =
           plan.partials + (static_cast<int64_t>(i) * s.heads + head) * (s.dim + 2);
-      const float factor = exp_of(splat(partial[s.dim] - best))[0];
+      const float factor = exp2_of(splat((partial[s.dim] - best) * kLog2E))[0];
       total += factor * partial[s.dim + 1];
       for (int d = 0; d < s.dim; ++d) out[d] += factor * partial[d];
     }

@@ -46,10 +46,7 @@ static void store_kv(const float* x, int dim, uint8_t* row) {
     if constexpr (F == kF32) store(reinterpret_cast<float*>(bytes), v);
     else if constexpr (F == kBF16) store_bf16(reinterpret_cast<uint16_t*>(bytes), v);
     else if constexpr (F == kF16) store_f16(reinterpret_cast<uint16_t*>(bytes), v);
-    else {
-      const bytes_w narrow = __builtin_convertvector(to_steps(v, inverse), bytes_w);
-      __builtin_memcpy(bytes, &narrow, W);
-    }
+    else store_bytes(bytes, to_steps(v, inverse));
     __builtin_memcpy(row + d * kSize, bytes, count * kSize);
   }
 }

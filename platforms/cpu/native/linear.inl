@@ -222,8 +222,7 @@ static void quantise_row(const float* x, int64_t width, int8_t* out) {
     ni sum[2] = {};
     for (int i = 0; i < kGroup; i += W) {
       const ni q = to_steps(load(from + i), inverse);
-      const bytes_w narrow = __builtin_convertvector(q, bytes_w);
-      __builtin_memcpy(row.bytes + at + i, &narrow, W);
+      store_bytes(row.bytes + at + i, q);
       sum[i / (kGroup / 2)] += q;
     }
     const int32_t first = sum_of_ints(sum[0]), second = sum_of_ints(sum[1]);

@@ -100,7 +100,8 @@ SIXFOLD_INLINE nf load_f16(const uint16_t* p) {
 typedef int8_t bytes_w __attribute__((vector_size(W)));
 typedef uint16_t halves_w __attribute__((vector_size(2 * W)));
 
-// W bytes as float. Compilers turn the generic conversion of bytes into scalar code.
+// W bytes as float, and W integers of -128..127 as bytes: compilers turn the generic conversions
+// into scalar code.
 SIXFOLD_INLINE nf load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
   return to_float((ni)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -115,6 +116,21 @@ SIXFOLD_INLINE nf load_bytes(const uint8_t* p) {
   __builtin_memcpy(&bytes, p, W);
   return __builtin_convertvector(bytes, nf);
 #endif
+}
+SIXFOLD_INLINE void store_bytes(void* p, ni v) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i both = (__m256i)v;
+  const __m128i low = _mm256_castsi256_si128(both), high = _mm256_extracti128_si256(both, 1);
+  const __m128i words = _mm_packs_epi32(low, high), bytes = _mm_packs_epi16(words, words);
+#elif defined(__aarch64__)
+  const int16x4_t words = vmovn_s32((int32x4_t)v);
+  const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+#else
+  const bytes_w bytes = __builtin_convertvector(v, bytes_w);
+#endif
+  __builtin_memcpy(p, &bytes, W);
 }
 
 // Numbers rounded to a 16-bit format, ties to even; what fp16 cannot hold becomes its largest.
@@ -205,4 +221,22 @@ SIXFOLD_INLINE nf exp_of(nf x) {
   p = (p * r + 1.0f) * r + 1.0f;
   const ni power = ((ni)shifted << 23) + 0x3f800000;  // the integer is in the low bits
   return choose(tiny, nf{}, p * (nf)power);
+}
+
+// 2^x for x up to 127, relative error below 2e-7; below -126.5 it is 0. Minimax polynomial of degree
+// 5 on [-1/2, 1/2], fitted for this file with 2^0 exactly 1.
+SIXFOLD_INLINE nf exp2_of(nf x) {
+  const nf least = splat(-127.0f);
+  x = least > x ? least : x;  // in this order NaN stays NaN
+  const nf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const nf shifted = x + magic;
+  const nf r = x - (shifted - magic);
+  nf p = splat(1.32647285e-3f);
+  p = p * r + 9.67151392e-3f;
+  p = p * r + 5.55073358e-2f;
+  p = p * r + 2.40222424e-1f;
+  p = p * r + 6.93147004e-1f;
+  p = p * r + 1.0f;
+  const ni power = ((ni)shifted << 23) + 0x3f800000;  // the integer is in the low bits
+  return p * (nf)power;
 }
