@@ -28,6 +28,7 @@ class EngineConfig:
     threads: int | None = None
     quantize: str | None = None  # int8 | int4: matrices, on load; none: in the dtype
     kv_dtype: str | None = None  # of keys and values: as dtype, or int8
+    graphs: str | None = None  # on | off: capture steps and replay them
     weight_cache: bool = True  # packed matrices on disk, for the next start
     kernels: dict[str, str] = field(default_factory=dict)  # op -> provider
     strict: bool = False
@@ -49,6 +50,7 @@ class EngineConfig:
         need(self.quantize in (None, "none", "int8", "int4"), "quantize", "int8, int4 or none")
         kv_dtypes = (*dtypes, "int8")
         need(self.kv_dtype in kv_dtypes, "kv_dtype", "float32, bfloat16, float16 or int8")
+        need(self.graphs in (None, "on", "off"), "graphs", "on or off")
         need(self.eviction in ("lru", "lfu", "priority"), "eviction", "lru, lfu or priority")
         need(self.device_index >= 0, "device_index", "at least 0")
         need(

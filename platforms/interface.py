@@ -127,6 +127,7 @@ class EngineSpec:
     threads: int | None = None
     quantize: str | None = None  # "int8" | "int4": matrices, on load; "none": in the dtype
     kv_dtype: str | None = None  # of keys and values: as dtype, or "int8"
+    graphs: str | None = None  # "on" | "off": capture steps and replay them
     weight_cache: bool = False  # keep packed matrices on disk, for the next start
     kernels: Mapping[str, str] = field(default_factory=dict)  # op -> provider, chosen by the user
     strict: bool = False

@@ -21,9 +21,10 @@ from ..interface_step import StepBatch, StepResult
 from .device import TorchDevice
 from .dtypes import DTYPES
 from .kernels import register_generic
-from .model_runner import CacheGroup, ModelRunner
+from .model_runner import ModelRunner
 from .model_source import ModelSource, open_source
 from .pools import TorchKVPool
+from .step_program import CacheGroup, StepProgram
 
 RUNTIME_OPS = ("kv_write", "page_copy", "sample", "logprobs")
 """Ops that the runtime calls beside the model's."""
@@ -128,10 +129,11 @@ class TorchExecutor:
         if packed is not None:
             log.extend([packed])
         groups = self._reserve(plan, needs, specs, attention, ops)
+        program = StepProgram(model, groups, attention, specs, ops)
         self._runner = ModelRunner(
-            model, groups, attention, specs, ops, device, spec.max_rows, source.vocab_size
+            model, program, self.pools, ops, device, spec.max_rows, source.vocab_size
         )
-        log.extend([self._runner.capture(spec.max_step_tokens)])
+        log.extend([self._runner.capture(spec.graphs, spec.max_step_tokens)])
         return self._info(source, plan, dtype, weight_bytes, log)
 
     def _dtype(self, source: ModelSource, log: DecisionLog) -> str:
