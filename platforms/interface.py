@@ -125,7 +125,7 @@ class EngineSpec:
     max_rows: int = 64
     max_step_tokens: int = 2048
     threads: int | None = None
-    quantize: str | None = None  # "int8" | "int4": matrices, on load; "none": in the dtype
+    quantize: str | None = None  # "int8" | "int4" | "fp8", on load; "none": in the dtype
     kv_dtype: str | None = None  # of keys and values: as dtype, or "int8"
     graphs: str | None = None  # "on" | "off": capture steps and replay them
     weight_cache: bool = False  # keep packed matrices on disk, for the next start

@@ -50,9 +50,10 @@ class AttentionBackend(Protocol):
 
     def plan(self, batch: StepBatch, group: KVGroup) -> Any: ...
 
-    def reserve(self, group: KVGroup, rows: int, tokens: int) -> Any:
-        """Device buffers for the plans of steps with up to `rows` rows and `tokens` tokens. Raises
-        KernelError with the reason where plans have no fixed shape: steps are then not captured."""
+    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int) -> Any:
+        """Device buffers for the plans of steps with up to `rows` rows and `tokens` tokens, of rows
+        with up to `longest` tokens, context and new ones together. Raises KernelError with the
+        reason where plans have no fixed shape: steps are then not captured."""
         ...
 
     def bind(self, plan: Any, reserved: Any = None) -> Any:

@@ -120,7 +120,7 @@ class NativeAttention:
     def plan(self, batch: StepBatch, group: KVGroup) -> NativePlan:
         return plan_step(batch, group)
 
-    def reserve(self, group: KVGroup, rows: int, tokens: int) -> GroupPlan:
+    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int) -> GroupPlan:
         """The group's one place, which grows with its plans."""
         return self._groups[group.name][0]
 

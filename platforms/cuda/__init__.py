@@ -1,4 +1,4 @@
-"""NVIDIA GPUs through torch's CUDA build: generic kernels only, so far."""
+"""NVIDIA GPUs through torch's CUDA build."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ..judgement import (
     describe,
     generic_support,
     judge,
+    libraries,
     node_lacks,
     numbers,
     of_vendor,
@@ -38,6 +39,7 @@ COMPILERS: dict[tuple[int, ...], tuple[int, ...]] = {
     (12, 0): (12, 8),
     (12, 1): (12, 9),
 }
+LIBRARIES = ("torch", "triton", "flashinfer-python")
 OLDEST_ARCH = {12: (5, 0), 13: (7, 5)}
 DRIVER_REMEDY = (
     "sudo ubuntu-drivers install  # elsewhere: https://www.nvidia.com/drivers; then reboot"
@@ -66,7 +68,7 @@ def device_facts(device: Accelerator, machine: Machine) -> DeviceFacts:
         dtypes=frozenset(dtypes),
         fp8="ocp" if arch >= (8, 9) else "none",
         graphs="stream",
-        libraries={"torch": machine.packages.get("torch", ""), "driver": device.driver},
+        libraries=libraries(machine, device, LIBRARIES),
     )
 
 
@@ -125,8 +127,10 @@ class CUDAPlatform:
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
         from ..torch_runtime.executor import TorchExecutor
         from .device import CUDADevice
+        from .kernels import register
 
-        return TorchExecutor(spec, CUDADevice(facts, f"cuda:{spec.device_index}"))
+        device = CUDADevice(facts, f"cuda:{spec.device_index}")
+        return TorchExecutor(spec, device, lambda registry: register(registry, device))
 
 
 PLATFORM = CUDAPlatform()

@@ -1,4 +1,4 @@
-"""AMD GPUs through torch's ROCm build: generic kernels only, so far."""
+"""AMD GPUs through torch's ROCm build."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ..judgement import (
     describe,
     generic_support,
     judge,
+    libraries,
     node_lacks,
     numbers,
     of_vendor,
@@ -36,6 +37,7 @@ WHEEL_ARCHITECTURES = frozenset(
     "gfx1200 gfx1201".split()
 )
 FP8 = {"gfx942": "fnuz", "gfx950": "ocp", "gfx1200": "ocp", "gfx1201": "ocp"}
+LIBRARIES = ("torch", "triton", "amd-aiter")
 VARIABLES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
@@ -59,7 +61,7 @@ def device_facts(device: Accelerator, machine: Machine) -> DeviceFacts:
         dtypes=frozenset({"float32", "float16"} | ({"bfloat16", "int8"} if matrix else set())),
         fp8="fnuz" if fp8 == "fnuz" else "ocp" if fp8 == "ocp" else "none",
         graphs="stream",
-        libraries={"torch": machine.packages.get("torch", ""), "driver": device.driver},
+        libraries=libraries(machine, device, LIBRARIES),
     )
 
 
@@ -111,9 +113,11 @@ class ROCmPlatform:
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
         from ..torch_runtime.executor import TorchExecutor
         from .device import ROCmDevice
+        from .kernels import register
 
         # torch's ROCm build calls its devices "cuda".
-        return TorchExecutor(spec, ROCmDevice(facts, f"cuda:{spec.device_index}"))
+        device = ROCmDevice(facts, f"cuda:{spec.device_index}")
+        return TorchExecutor(spec, device, lambda registry: register(registry, device))
 
 
 PLATFORM = ROCmPlatform()

@@ -105,7 +105,7 @@ class SdpaAttention:
         token_bytes = 2 * heads * dim * DTYPES[layout.dtype].itemsize
         return plan_attention(batch, group, max(1, GATHER_BYTES // token_bytes))
 
-    def reserve(self, group: KVGroup, rows: int, tokens: int) -> NoReturn:
+    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int) -> NoReturn:
         raise KernelError(
             "attention kernel sdpa gathers as many pages as the rows of a step have; of fixed "
             "shape, it would gather the longest context for every row"

@@ -52,8 +52,10 @@ class StepProgram:
         attention: AttentionBackend,
         specs: Sequence[AttentionSpec],
         ops: KernelTable,
+        max_context: int,
     ) -> None:
         self.attention = attention
+        self._max_context = max_context
         self._model = model
         self._groups = tuple(groups)
         self._specs = specs
@@ -78,7 +80,10 @@ class StepProgram:
     def reserve(self, rows: int, tokens: int) -> list[Any]:
         """Buffers for plans of at most so many rows and tokens, one per group. Raises KernelError
         where the backend's plans have no fixed shape."""
-        return [self.attention.reserve(group.group, rows, tokens) for group in self._groups]
+        longest = self._max_context
+        return [
+            self.attention.reserve(group.group, rows, tokens, longest) for group in self._groups
+        ]
 
     def forward(self, token_ids: Tensor, positions: Tensor, bound: Sequence[Any]) -> Tensor:
         """(T,), (T,) int64 -> hidden states (T, width)."""

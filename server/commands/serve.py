@@ -60,7 +60,7 @@ def _engine_options(command: Any) -> Any:
         click.option(
             "--quantize",
             callback=_bits,
-            help="Matrices as int8 (8bit), int4 (4bit), or none; else as stored.",
+            help="Matrices as int8 (8bit), int4 (4bit), fp8, or none; else as stored.",
         ),
         click.option("--graphs", help="Capture steps and replay them: on or off."),
         click.option("--kv-dtype", help="Keys and values: float32, bfloat16, float16 or int8."),

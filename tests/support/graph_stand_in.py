@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sixfold.platforms.interface import Decision
-from sixfold.platforms.torch_runtime.graph_runner import GraphRunner, capture_by_rows
+from sixfold.platforms.torch_runtime.graph_runner import GraphRunner, bucket_sizes, capture_by_rows
 from sixfold.platforms.torch_runtime.step_program import StepProgram
 
 Work = Callable[[], Tensor]
@@ -123,17 +123,21 @@ def poison(tensor: Tensor) -> None:
 class StandInGraphs:
     """`Graphs` of a device that records. `captures` False: the buckets' code, uncaptured."""
 
-    def __init__(self, captures: bool = True) -> None:
+    def __init__(self, captures: bool = True, device: str = "cpu") -> None:
         self._captures = captures
+        self._device = torch.device(device)
         self.recordings: list[Recording] = []
         self.runner: GraphRunner | None = None
 
     def capture(
         self, program: StepProgram, max_rows: int, max_tokens: int
     ) -> tuple[GraphRunner, Decision]:
-        record = self.record if self._captures else lambda work: work
-        where = torch.device("cpu")
-        self.runner, decision = capture_by_rows(program, record, max_rows, where, "a stand-in")
+        if not self._captures:
+            self.runner = GraphRunner(program, None, bucket_sizes(max_rows), self._device)
+            return self.runner, Decision("step", "in buckets", "what a capture would hold")
+        self.runner, decision = capture_by_rows(
+            program, self.record, max_rows, self._device, "a stand-in"
+        )
         return self.runner, decision
 
     def record(self, work: Work) -> Work:

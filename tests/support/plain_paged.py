@@ -58,7 +58,7 @@ class PlainPaged:
         slots = flat_slots(table, batch.query_start, batch.context_lens, group.page_size)
         return Plan(group, table, slots, row_of, np.arange(len(row_of)) + shift)
 
-    def reserve(self, group: KVGroup, rows: int, tokens: int) -> Bound:
+    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int = 0) -> Bound:
         shapes = (rows, group.pages), (tokens,), (tokens,), (tokens,)
         return Bound(*(self._device.empty(shape, torch.int64) for shape in shapes))
 
