@@ -6,9 +6,11 @@ import os
 import sys
 
 from ..interface import DeviceFacts, EngineSpec, Executor, Machine, Probe, Status, Support
+from ..interface_kernels import Suite
 from ..judgement import RANK_CPU, SERVED, judge, torch_found, torch_lacks
 from ..machine_source import Source
 from ..machine_topology import topology, usable_cpus
+from ..recorded_device import no_interpreter, present
 
 FEATURES = frozenset(
     "avx2 f16c fma avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx512_fp16 "
@@ -83,6 +85,16 @@ class CPUPlatform:
         seen = topology(Source(), usable_cpus()) if sys.platform == "linux" else None
         device = CpuDevice(facts, spec.threads, seen)
         return TorchExecutor(spec, device, lambda registry: register(registry, device))
+
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        if interpreted:
+            raise no_interpreter(self.name)
+        from ..torch_runtime.conformance import device_suite
+        from .device import CpuDevice
+        from .kernels import register
+
+        device = CpuDevice(present(facts, self.name))
+        return device_suite(device, lambda registry: register(registry, device))
 
 
 PLATFORM = CPUPlatform()
