@@ -55,6 +55,12 @@ def vectors(features: frozenset[str]) -> str:
     return ", ".join(dict.fromkeys(label for flag, label in names.items() if flag in features))
 
 
+def _let_waiting_threads_sleep() -> None:
+    """Read when torch loads its OpenMP: threads that wait for its next loop by spinning would take
+    the cores from the native kernels' threads."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 class CPUPlatform:
     name = "cpu"
 
@@ -74,9 +80,7 @@ class CPUPlatform:
         return Support(Status.NO, f"{feature} is not served by this version")
 
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
-        # Read when torch loads its OpenMP: threads that wait for its next loop by spinning would
-        # take the cores from the native kernels' threads.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        _let_waiting_threads_sleep()
         from ..torch_runtime.executor import TorchExecutor
         from .device import CpuDevice
         from .kernels import register
@@ -89,6 +93,7 @@ class CPUPlatform:
     def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
         if interpreted:
             raise no_interpreter(self.name)
+        _let_waiting_threads_sleep()
         from ..torch_runtime.conformance import device_suite
         from .device import CpuDevice
         from .kernels import register

@@ -111,6 +111,20 @@ FAULTS = {
     "page_copy_page_beside": changed("page_copy", sources=lambda p: np.maximum(p - 1, 0)),
     "sample_one_token_fewer": changed("sample", logits=lambda x: x[:, : max(1, x.shape[1] - 1)]),
     "logprobs_next_token": changed("logprobs", token_ids=lambda t: t // 2),
+    "layer_norm_no_bias": changed("layer_norm", bias=lambda b: None),
+    "clamped_swiglu_limit_beside": changed("clamped_swiglu", limit=lambda x: x * 1.01),
+    "conv1d_update_state_turned": changed("conv1d_update", state=lambda s: np.roll(s, 1, 1)),
+    "conv1d_update_stale_slot": changed("conv1d_update", context_lens=one_more),
+    "gated_delta_decay_of_next_token": changed("gated_delta", a=lambda a: np.roll(a, -1, 0)),
+    "gated_delta_stale_slot": changed("gated_delta", context_lens=one_more),
+    "gated_delta_heads_grouped_wrong": changed("gated_delta", k=lambda k: np.roll(k, 1, 1)),
+    "moe_route_one_group_more": changed("moe_route", kept_groups=one_more),
+    "moe_route_bias_forgotten": changed("moe_route", bias=lambda b: None),
+    "moe_experts_expert_beside": changed("moe_experts", experts=lambda e: np.maximum(e - 1, 0)),
+    "latent_attention_newest_missing": changed(
+        "latent_attention", context_lens=lambda n: np.maximum(n - 1, 0)
+    ),
+    "merge_state_base_two": changed("merge_state", first_lse=lambda x: x * np.float32(1.4427)),
     "page_digest_page_beside": changed("page_digest", pages=lambda p: np.maximum(p - 1, 0)),
 }
 
