@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from .interface_kv import KVGroup
 from .interface_step import StepBatch, StepResult
+
+if TYPE_CHECKING:
+    from .interface_kernels import Suite
 
 
 class Status(Enum):
@@ -198,6 +201,13 @@ class Platform(Protocol):
 
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
         """Build (not yet load) an executor; here, and not before, the framework is imported."""
+        ...
+
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        """Every kernel and attention backend, ready to be run on the cases of its op's contract.
+        `facts` None with `interpreted`: the platform names a recorded device, and what can run in
+        an interpreter on host memory does. Raises PlatformError with the reason where there is
+        no such suite."""
         ...
 
 

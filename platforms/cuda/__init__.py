@@ -13,6 +13,7 @@ from ..interface import (
     Probe,
     Support,
 )
+from ..interface_kernels import Suite
 from ..judgement import (
     RANK_ACCELERATOR,
     UNVERIFIED,
@@ -28,6 +29,10 @@ from ..judgement import (
     torch_found,
     torch_lacks,
 )
+from ..recorded_device import machine_with, present
+
+RECORDED = Accelerator("nvidia", "NVIDIA H100 80GB HBM3", "sm_90", 85_520_809_984)
+"""Whose facts the interpreted suite has."""
 
 # Oldest Linux driver for a CUDA major version (CUDA compatibility guide, minor-version table).
 DRIVERS = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
@@ -131,6 +136,16 @@ class CUDAPlatform:
 
         device = CUDADevice(facts, f"cuda:{spec.device_index}")
         return TorchExecutor(spec, device, lambda registry: register(registry, device))
+
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        if interpreted:
+            from ..torch_runtime.interpreted import interpreted_suite
+
+            return interpreted_suite(facts or device_facts(RECORDED, machine_with(RECORDED)))
+        from ..torch_runtime.conformance import device_suite
+        from .device import CUDADevice
+
+        return device_suite(CUDADevice(present(facts, self.name), "cuda:0"))
 
 
 PLATFORM = CUDAPlatform()

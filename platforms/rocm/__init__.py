@@ -13,6 +13,7 @@ from ..interface import (
     Probe,
     Support,
 )
+from ..interface_kernels import Suite
 from ..judgement import (
     RANK_ACCELERATOR,
     RANK_BY_NAME,
@@ -30,6 +31,10 @@ from ..judgement import (
     torch_found,
     torch_lacks,
 )
+from ..recorded_device import machine_with, present
+
+RECORDED = Accelerator("amd", "AMD Instinct MI300X OAM", "gfx942", 206_158_430_208)
+"""Whose facts the interpreted suite has."""
 
 # What PyTorch's ROCm wheels hold code for (PYTORCH_ROCM_ARCH of its release builds).
 WHEEL_ARCHITECTURES = frozenset(
@@ -118,6 +123,16 @@ class ROCmPlatform:
         # torch's ROCm build calls its devices "cuda".
         device = ROCmDevice(facts, f"cuda:{spec.device_index}")
         return TorchExecutor(spec, device, lambda registry: register(registry, device))
+
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        if interpreted:
+            from ..torch_runtime.interpreted import interpreted_suite
+
+            return interpreted_suite(facts or device_facts(RECORDED, machine_with(RECORDED)))
+        from ..torch_runtime.conformance import device_suite
+        from .device import ROCmDevice
+
+        return device_suite(ROCmDevice(present(facts, self.name), "cuda:0"))
 
 
 PLATFORM = ROCmPlatform()
