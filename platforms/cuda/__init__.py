@@ -138,14 +138,18 @@ class CUDAPlatform:
         return TorchExecutor(spec, device, lambda registry: register(registry, device))
 
     def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        from .kernels import register
+
         if interpreted:
             from ..torch_runtime.interpreted import interpreted_suite
 
-            return interpreted_suite(facts or device_facts(RECORDED, machine_with(RECORDED)))
+            recorded = facts or device_facts(RECORDED, machine_with(RECORDED))
+            return interpreted_suite(recorded, register)
         from ..torch_runtime.conformance import device_suite
         from .device import CUDADevice
 
-        return device_suite(CUDADevice(present(facts, self.name), "cuda:0"))
+        device = CUDADevice(present(facts, self.name), "cuda:0")
+        return device_suite(device, lambda registry: register(registry, device))
 
 
 PLATFORM = CUDAPlatform()

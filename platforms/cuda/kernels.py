@@ -6,9 +6,9 @@ from __future__ import annotations
 from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
 from ..interface_kernels import Problem
+from ..torch_runtime.device import TorchDevice
 from ..torch_runtime.scaled_linear import scaled_linear
 from ..triton_kernels.register import register_triton
-from .device import CUDADevice
 from .flashinfer_attention import FlashInferAttention
 
 LIBRARY = 30
@@ -24,7 +24,7 @@ def _scales_rows(facts: DeviceFacts, problem: Problem) -> str | None:
     return None
 
 
-def register(registry: KernelRegistry, device: CUDADevice) -> None:
+def register(registry: KernelRegistry, device: TorchDevice) -> None:
     register_triton(registry, device)
     registry.add(scaled_linear(device.facts, _scales_rows))
     registry.add_attention(FlashInferAttention(device), LIBRARY)

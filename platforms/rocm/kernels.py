@@ -7,11 +7,11 @@ from __future__ import annotations
 from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
 from ..interface_kernels import Problem
+from ..torch_runtime.device import TorchDevice
 from ..torch_runtime.scaled_linear import scaled_linear
 from ..triton_kernels.register import register_triton
 from .aiter_attention import AiterAttention
 from .aiter_norm import norms
-from .device import ROCmDevice
 
 LIBRARY = 30
 """Priority of a vendor's library, above the portable kernels."""
@@ -25,7 +25,7 @@ def _scales_rows(facts: DeviceFacts, problem: Problem) -> str | None:
     return None
 
 
-def register(registry: KernelRegistry, device: ROCmDevice) -> None:
+def register(registry: KernelRegistry, device: TorchDevice) -> None:
     register_triton(registry, device)
     registry.add(scaled_linear(device.facts, _scales_rows))
     for kernel in norms(LIBRARY):

@@ -4,17 +4,20 @@ what the library takes, and means what the contract says. The libraries' kernels
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.attention_checks import cpu_device, run_case, step_batch
-from support.kernel_checks import check, cpu_facts, round_case
+from support.attention_checks import run_case
+from support.kernel_checks import cpu_device, cpu_facts, verdict_of
 from support.library_stand_ins import install
 
 from sixfold.common.errors import KernelError
 from sixfold.common.ops import OPS
+from sixfold.common.ops.conformance import round_case
+from sixfold.common.ops.suite import group_of, step_of
 from sixfold.platforms.cuda.flashinfer_attention import FlashInferAttention
 from sixfold.platforms.interface_attention import AttentionSpec
 from sixfold.platforms.interface_kernels import Problem
@@ -74,10 +77,10 @@ def test_reserved_buffers_take_plan_after_plan(backend: Any) -> None:
 
     class Bucket(backend):  # type: ignore[misc]
         def bind(self, plan: Any, reserved: Any = None) -> Any:
-            pages = KVGroup("g", KVKind.FULL, 16, 64)
+            pages = replace(group_of(cases[0]), pages=64)
             self.room = self.reserve(pages, 8, 8, 320)
             for other in cases:
-                super().bind(self.plan(step_batch(other.args, "g"), pages), self.room)
+                super().bind(self.plan(step_of(other), pages), self.room)
             return super().bind(plan, self.room)
 
         def run(self, bound: Any, pool: Any, layer: int, q: Any, k: Any, v: Any, *rest: Any) -> Any:
@@ -93,12 +96,12 @@ def test_reserved_buffers_take_plan_after_plan(backend: Any) -> None:
 @pytest.mark.parametrize("backend", [AnyFlashInfer, AnyAiter])
 def test_only_decode_steps_are_reserved_for(backend: Any) -> None:
     made = backend(cpu_device())
-    group = KVGroup("g", KVKind.FULL, 16, 8)
+    prefill = next(c for c in CASES if c.name == "prefill_two")
+    group = group_of(prefill)
     made.layout(group, AttentionSpec(4, 2, 64, 1.0, dtype="float16"), 1)
     with pytest.raises(KernelError, match="decode only"):
         made.reserve(group, 4, 9, 100)
-    prefill = next(c for c in CASES if c.name == "prefill_two")
-    plan = made.plan(step_batch(prefill.args, "g"), group)
+    plan = made.plan(step_of(prefill), group)
     with pytest.raises(KernelError, match="2 rows and 38 tokens does not fit"):
         plan.padded(4)
 
@@ -152,7 +155,8 @@ def test_pages_before_the_window_are_caught(backend: Any, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_aiter_norms_equal_the_reference(op: str, dtype: str) -> None:
-    assert check(OPS[op], getattr(aiter_norm, op), dtype) > 0
+    verdict = verdict_of(OPS[op], getattr(aiter_norm, op), dtype)
+    assert (verdict.status, verdict.failures) == ("pass", [])
 
 
 def fp8_matrix(weight: torch.Tensor, fp8: str = "ocp") -> Any:
@@ -203,4 +207,4 @@ def test_matrices_that_are_not_rounded_take_the_usual_product(dtype: str) -> Non
     def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         return scaled_linear.linear(x, scaled_linear.DenseMatrix(weight), bias)
 
-    assert check(OPS["linear"], linear, dtype) > 0
+    assert verdict_of(OPS["linear"], linear, dtype).status == "pass"

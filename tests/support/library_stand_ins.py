@@ -62,13 +62,15 @@ def attend(
 class _Paged:
     """What both wrappers keep of a plan."""
 
+    device: torch.device
+
     def _keep(
         self, start: Tensor, pages: Tensor, last: Tensor, heads: tuple[int, ...], page_size: int
     ) -> None:
         for part in (start, pages, last):
             if part.dtype != torch.int32:
                 raise ValueError(f"page indices are int32, not {part.dtype}")
-        self.start, self.pages, self.last = start, pages, last
+        self.start, self.pages, self.last = (x.to(self.device) for x in (start, pages, last))
         self.heads, self.page_size = heads, page_size
         if isinstance(last, FakeTensor):
             return  # a trace has no values
@@ -109,6 +111,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Paged):
         backend: str = "auto",
         jit_args: Any = None,
     ) -> None:
+        self.device = float_workspace_buffer.device
         if kv_layout != "NHD":
             raise ValueError("this stand-in has the layout NHD")
         self.buffers = None
@@ -167,6 +170,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Paged):
     def __init__(
         self, float_workspace_buffer: Tensor, kv_layout: str = "NHD", backend: str = "auto"
     ) -> None:
+        self.device = float_workspace_buffer.device
         if kv_layout != "NHD":
             raise ValueError("this stand-in has the layout NHD")
 
@@ -192,7 +196,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Paged):
             raise ValueError("this stand-in is causal")
         heads = (num_qo_heads, num_kv_heads, head_dim_qk)
         self._keep(paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, heads, page_size)
-        self.query_start = qo_indptr
+        self.query_start = qo_indptr.to(self.device)
         self.planned = {
             "window_left": window_left,
             "logits_soft_cap": logits_soft_cap,
