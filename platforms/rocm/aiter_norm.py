@@ -47,5 +47,7 @@ def requires(facts: DeviceFacts, problem: Problem) -> str | None:
 
 
 def norms(priority: int) -> list[Kernel]:
-    table = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
-    return [Kernel(op, "aiter", requires, fn, priority) for op, fn in table.items()]
+    return [
+        Kernel("rms_norm", "aiter", requires, rms_norm, priority),
+        Kernel("add_rms_norm", "aiter", requires, add_rms_norm, priority),
+    ]
