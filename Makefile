@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint ci/constraints.txt
 
-.PHONY: serve test lint types laws bench clean
+.PHONY: serve test interpret lint types laws bench clean
 
 # Serve a model (MODEL=..., empty = the bundled demo) on what this machine has; ARGS=... adds flags.
 serve: $(VENV)/.ready-serve
@@ -12,6 +12,10 @@ serve: $(VENV)/.ready-serve
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest $(ARGS)
+
+# Triton's interpreter is a mode of a whole process: these tests have one of their own.
+interpret: $(VENV)/.ready-test
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

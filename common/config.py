@@ -26,8 +26,9 @@ class EngineConfig:
     eviction: str = "lru"  # lru | lfu | priority
     overlap: bool = True
     threads: int | None = None
-    quantize: str | None = None  # int8 | int4: matrices, on load; none: in the dtype
+    quantize: str | None = None  # int8 | int4 | fp8: matrices, on load; none: in the dtype
     kv_dtype: str | None = None  # of keys and values: as dtype, or int8
+    graphs: str | None = None  # on | off: capture steps and replay them
     weight_cache: bool = True  # packed matrices on disk, for the next start
     kernels: dict[str, str] = field(default_factory=dict)  # op -> provider
     strict: bool = False
@@ -46,9 +47,11 @@ class EngineConfig:
         need(fraction is None or 0 < fraction <= 1, "memory_fraction", "in (0, 1]")
         dtypes = (None, "float32", "bfloat16", "float16")
         need(self.dtype in dtypes, "dtype", "float32, bfloat16 or float16")
-        need(self.quantize in (None, "none", "int8", "int4"), "quantize", "int8, int4 or none")
+        forms = (None, "none", "int8", "int4", "fp8")
+        need(self.quantize in forms, "quantize", "int8, int4, fp8 or none")
         kv_dtypes = (*dtypes, "int8")
         need(self.kv_dtype in kv_dtypes, "kv_dtype", "float32, bfloat16, float16 or int8")
+        need(self.graphs in (None, "on", "off"), "graphs", "on or off")
         need(self.eviction in ("lru", "lfu", "priority"), "eviction", "lru, lfu or priority")
         need(self.device_index >= 0, "device_index", "at least 0")
         need(

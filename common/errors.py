@@ -19,6 +19,10 @@ class KernelError(SixfoldError):
     """A named kernel does not qualify, or strict mode refuses a generic one."""
 
 
+class ConformanceError(SixfoldError):
+    """A kernel broke a rule of its contract that no comparison of results shows."""
+
+
 class CheckpointError(SixfoldError):
     """A model file is missing, broken or unsupported: names the file and the tensor or field."""
 

@@ -195,8 +195,9 @@ class Norm(Layer):
         return normed, total
 
     def problems(self) -> Iterable[Problem]:
+        width, size = len(self.weight), self.weight.element_size()
         for op in ("rms_norm", "add_rms_norm"):
-            yield self.build.problem(op, width=len(self.weight))
+            yield self.build.problem(op, width=width, weight_bytes=size)
 
 
 class HeadNorm(Norm):

@@ -1,6 +1,6 @@
 """Which form the matrices of a model are kept in.
 
-A scheme belongs to a layer: "int8" and "int4" are made on load, the others are forms that a
+A scheme belongs to a layer: "int8", "int4" and "fp8" are made on load, the others are forms that a
 checkpoint stores and that are kept as they are. Kernels that take a scheme say so in `requires`.
 docs/weights.md has the table.
 """
@@ -19,11 +19,11 @@ BITS = {
     "bfloat16": 16.0, "float16": 16.0, "int8": 8.5, "int4": 5.0, "q4_0": 4.5, "q4_1": 5.0,
     "q4_k": 5.0, "q5_0": 8.5, "q5_1": 9.0, "q5_k": 9.0, "q6_k": 9.0, "q8_0": 8.5,
     "gptq_int4": 5.0, "gptq_int8": 9.0, "awq_int4": 5.0, "packed_int4": 5.0, "packed_int8": 9.0,
-    "int8_channel": 9.0, "int8_group": 9.0,
+    "int8_channel": 9.0, "int8_group": 9.0, "fp8": 8.5,
 }  # fmt: skip
 """Bits that a weight takes in memory, scales included, at most."""
 
-MADE_ON_LOAD = ("int8", "int4")
+MADE_ON_LOAD = ("int8", "int4", "fp8")
 
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Schemes that are a dtype narrower than that of the computation: widening is exact."""
@@ -31,15 +31,19 @@ FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def assign_schemes(model: Model, quantize: str, stored: Mapping[str, str]) -> None:
     """`quantize`: "int8" for every matrix; "int4" for all but the embedding and the head, which get
-    int8: in four bits they alone cost a tenth in perplexity (SmolLM2-135M). Routers stay as
-    they are. "stored" takes `stored`, parameter name -> scheme; "" leaves all in the
-    weights' dtype."""
+    int8: in four bits they alone cost a tenth in perplexity (SmolLM2-135M); "fp8" for products
+    alone, without the head and experts. Routers stay as they are. "stored" takes `stored`,
+    parameter name -> scheme; "" leaves all in the weights' dtype."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Layer)}
     if quantize in MADE_ON_LOAD:
         for name, layer in layers.items():
             ends = isinstance(layer, Embedding) or name == "lm_head"
-            if layer.rounds_on_load:
+            if not layer.rounds_on_load:
+                continue
+            if quantize != "fp8":
                 layer.scheme = "int8" if ends else quantize
+            elif isinstance(layer, Linear) and not ends:
+                layer.scheme = quantize
     elif quantize == "stored":
         for parameter, scheme in stored.items():
             layers[_owner(parameter, layers)].scheme = scheme

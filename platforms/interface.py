@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from .interface_kv import KVGroup
 from .interface_step import StepBatch, StepResult
+
+if TYPE_CHECKING:
+    from .interface_kernels import Suite
 
 
 class Status(Enum):
@@ -125,8 +128,9 @@ class EngineSpec:
     max_rows: int = 64
     max_step_tokens: int = 2048
     threads: int | None = None
-    quantize: str | None = None  # "int8" | "int4": matrices, on load; "none": in the dtype
+    quantize: str | None = None  # "int8" | "int4" | "fp8", on load; "none": in the dtype
     kv_dtype: str | None = None  # of keys and values: as dtype, or "int8"
+    graphs: str | None = None  # "on" | "off": capture steps and replay them
     weight_cache: bool = False  # keep packed matrices on disk, for the next start
     kernels: Mapping[str, str] = field(default_factory=dict)  # op -> provider, chosen by the user
     strict: bool = False
@@ -197,6 +201,13 @@ class Platform(Protocol):
 
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
         """Build (not yet load) an executor; here, and not before, the framework is imported."""
+        ...
+
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        """Every kernel and attention backend, ready to be run on the cases of its op's contract.
+        `facts` None with `interpreted`: the platform names a recorded device, and what can run in
+        an interpreter on host memory does. Raises PlatformError with the reason where there is
+        no such suite."""
         ...
 
 

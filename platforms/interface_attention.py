@@ -33,8 +33,10 @@ class AttentionBackend(Protocol):
     """Causal attention of a step's rows over paged keys and values, prefill and decode in one call.
 
     Per group and step: `plan` once (host work, numpy only, same code for eager and captured
-    steps), `bind` once (puts the plan on the device; no allocation inside a captured region),
-    `run` per layer.
+    steps), `bind` once (puts the plan on the device), `run` per layer.
+
+    A captured step holds the calls of `run` and nothing else. Its plans are bound to buffers that
+    were reserved once, so that the recording finds each new plan where it found the first.
     """
 
     @property
@@ -48,7 +50,17 @@ class AttentionBackend(Protocol):
 
     def plan(self, batch: StepBatch, group: KVGroup) -> Any: ...
 
-    def bind(self, plan: Any) -> Any: ...
+    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int) -> Any:
+        """Device buffers for the plans of steps with up to `rows` rows and `tokens` tokens, of rows
+        with up to `longest` tokens, context and new ones together. Raises KernelError with the
+        reason where plans have no fixed shape: steps are then not captured."""
+        ...
+
+    def bind(self, plan: Any, reserved: Any = None) -> Any:
+        """The plan on the device. With `reserved`, copied into those buffers in place, and rows
+        and tokens that they have too many read and write the null page; what `run` gets must then
+        hold nothing on the host that differs between plans. Without: in fresh buffers."""
+        ...
 
     def run(
         self,
@@ -64,5 +76,5 @@ class AttentionBackend(Protocol):
         """q (T, heads, dim), k and v (T, kv_heads, dim), rope applied. Writes k and v to the
         pool, then attends. `sinks` (heads,) float32 is given exactly when `spec.sinks` and must
         outlive every step that uses it. Returns (T, heads, dim); `layer` counts within the
-        group."""
+        group. Reads nothing back and makes no device tensor from host values."""
         ...

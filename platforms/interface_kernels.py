@@ -3,11 +3,12 @@ provider's way to compute it, with a predicate that says why not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .interface import Decision, DeviceFacts
 
@@ -35,6 +36,15 @@ class Op:
     cases: Callable[[np.random.Generator], Iterable[Case]]
     tolerance: Mapping[str, Tolerance]  # by dtype
     parts: tuple[str, ...] = ()  # what a fused op stands for
+    float32: frozenset[str] = frozenset()  # arguments that are float32 whatever the dtype
+    in_place: frozenset[str] = frozenset()  # arguments that a kernel changes and returns
+    weights: str = ""  # the scheme of `weight`, where this contract is of quantised matrices
+    dims: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None  # of a case's Problem
+
+    @property
+    def title(self) -> str:
+        """The name, and the scheme of its weights behind a slash."""
+        return f"{self.name}/{self.weights}" if self.weights else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +92,40 @@ class KernelTable:
         # Bind on the instance so that the next access is a plain attribute.
         object.__setattr__(self, op, kernel.fn)
         return kernel.fn
+
+
+class CaseRunner(Protocol):
+    """How one framework runs a conformance case: host arrays to the device, the call, and back.
+
+    The case's floats are rounded to `dtype` already. Results are host arrays, floats as float32.
+    Whatever goes wrong raises, a write outside the arguments and a changed input included.
+    """
+
+    def run_kernel(
+        self, op: Op, kernel: Kernel, case: Case, dtype: str
+    ) -> Sequence[NDArray[Any]]: ...
+
+    def run_attention(self, backend: Any, case: Case, dtype: str) -> Sequence[NDArray[Any]]:
+        """`backend` is an AttentionBackend, the case one of the op "attention"."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One kernel or attention backend under one contract."""
+
+    op: str  # title of the contract
+    provider: str
+    requires: Callable[[Case, str], str | None]  # (case, dtype) -> None, or why it is not for this
+    run: Callable[[Case, str], Sequence[NDArray[Any]]]  # as a CaseRunner runs
+    # Of a dtype: why it cannot be run here though it may be right, or "".
+    unverified: Callable[[str], str] = lambda dtype: ""
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """All that a platform has under test, and what a pass of it proves."""
+
+    device: str
+    evidence: str  # "device", "interpreted", ...
+    subjects: tuple[Subject, ...]

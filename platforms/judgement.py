@@ -13,7 +13,7 @@ RANK_CPU = 10
 RANK_BY_NAME = 5
 """Usable but below the CPU: served when it is named with --platform, never picked."""
 
-UNVERIFIED = "generic kernels, not yet verified on this device"
+UNVERIFIED = "not yet verified on this device"
 OLDEST_TORCH = (2, 9)
 TORCH_SELECTOR = "https://pytorch.org/get-started/locally"
 SERVED = frozenset(
@@ -53,6 +53,12 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def of_vendor(machine: Machine, vendor: str) -> list[Accelerator]:
     return [a for a in machine.accelerators if a.vendor == vendor]
+
+
+def libraries(machine: Machine, device: Accelerator, names: Sequence[str]) -> dict[str, str]:
+    """Versions of a device's driver and of those named distributions that are installed."""
+    found = {name: version for name, version in machine.packages.items() if name in names}
+    return {**found, "driver": device.driver}
 
 
 def describe(devices: Sequence[Accelerator]) -> list[str]:

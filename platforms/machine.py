@@ -12,7 +12,9 @@ from .machine_accelerators import VENDORS, accelerators
 from .machine_processor import memory, processor
 from .machine_source import Source
 
-PACKAGES = ("torch", "torch_npu", "mlx", "mlx-lm", "triton", "triton-xpu", "numpy")
+PACKAGES = ("torch", "torch_npu", "mlx", "mlx-lm", "triton", "triton-xpu", "numpy",
+    "flashinfer-python", "amd-aiter",
+)  # fmt: skip
 NODES = (
     "/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/dxg", "/dev/kfd",
     "/dev/dri/renderD*", "/dev/davinci[0-9]*", "/dev/davinci_manager", "/dev/devmm_svm",

@@ -19,6 +19,7 @@ from .interface import (
     Support,
     usable,
 )
+from .interface_kernels import Suite
 
 IN_TREE = ("cuda", "rocm", "npu", "xpu", "mlx", "cpu")
 GROUP = "sixfold.platforms"
@@ -51,6 +52,9 @@ class BrokenPlatform:
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
         raise PlatformError(f"The platform {self.name!r} cannot be used: {self.reason}.")
 
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        raise PlatformError(f"The platform {self.name!r} cannot be used: {self.reason}.")
+
 
 def platforms() -> dict[str, Platform]:
     """All six, and those that installed distributions declare in the entry point group
@@ -80,7 +84,8 @@ def _load(entry: EntryPoint) -> Platform:
         reason = f"loading {entry.value} raised {type(error).__name__}: {error}"
         return BrokenPlatform(entry.name, reason, _uninstall(entry))
     if not isinstance(platform, Platform) or not isinstance(platform.name, str):
-        reason = f"{entry.value} is not a Platform: it needs name, probe, supports and executor"
+        members = "name, probe, supports, executor and conformance"
+        reason = f"{entry.value} is not a Platform: it needs {members}"
         return BrokenPlatform(entry.name, reason, _uninstall(entry))
     return platform
 

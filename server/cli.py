@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": (".commands.chat", "Talk to a model in the terminal."),
     "generate": (".commands.generate", "Complete one prompt on standard output."),
     "bench": (".commands.bench", "Measure the speed of any OpenAI-compatible server."),
+    "check": (".commands.check", "Run every kernel of a platform against its contract."),
     "doctor": (".doctor", "Show what this machine can run, and what is missing for the rest."),
 }
 """Name -> (module that holds the click command of that name, its line in the help)."""

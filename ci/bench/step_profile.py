@@ -19,7 +19,7 @@ import torch
 
 from sixfold.common.checkpoint.source import resolve_model
 from sixfold.platforms.cpu.native_library import Instruction
-from sixfold.platforms.cpu.step_recorder import RecordedStep
+from sixfold.platforms.cpu.step_recorder import RecordedRunner
 from sixfold.platforms.interface import EngineSpec
 from sixfold.platforms.interface_step import StepBatch, Want
 from sixfold.platforms.machine import observe
@@ -89,13 +89,14 @@ def main() -> None:
         raise SystemExit("the cpu platform has another executor now")
     info = executor.load()
     runner = executor._runner
-    step = None if runner is None else runner._step
-    if runner is None or not isinstance(step, RecordedStep):
+    captured = None if runner is None else runner._step
+    if runner is None or not isinstance(captured, RecordedRunner):
         raise SystemExit("this model's step is not recorded")
+    step = captured.recorded
     work = batch(executor, asked.rows, asked.new, asked.context)
     with torch.inference_mode():
         whole = median(lambda: runner.run(work))
-        runner._bind(work)
+        captured.program.bind(captured.program.plan(work))
         count = len(work.token_ids)
         ids = torch.from_numpy(work.token_ids.astype(np.int64))
         positions = torch.arange(count) % asked.new + asked.context

@@ -6,9 +6,14 @@ from ...platforms.interface_kernels import Op
 from . import (
     activation,
     attention,
+    conv1d_update,
     dense,
+    gated_delta,
+    latent_attention,
     logprobs,
+    merge_state,
     moe,
+    moe_route,
     norm,
     page_digest,
     page_gather,
@@ -23,14 +28,20 @@ MODULES = (
     norm,
     rope,
     activation,
+    moe_route,
     moe,
+    conv1d_update,
+    gated_delta,
     paging,
     page_gather,
     page_digest,
     attention,
     paged_attention,
+    latent_attention,
+    merge_state,
     sample,
     logprobs,
 )
 
-OPS: dict[str, Op] = {op.name: op for module in MODULES for op in module.OPS}
+OPS: dict[str, Op] = {op.title: op for module in MODULES for op in module.OPS}
+"""By title: the name, and the scheme of quantised weights behind a slash."""

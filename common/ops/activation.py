@@ -23,6 +23,28 @@ def gelu_tanh_mul(gate: F32, up: F32) -> F32:
     return (0.5 * wide * (1.0 + np.tanh(inner)) * up).astype(np.float32)
 
 
+def clamped_swiglu(gate: F32, up: F32, limit: float, slope: float, offset: float) -> F32:
+    """gate, up (T, I) -> (u + offset) * g * sigmoid(slope * g) with g = min(gate, limit) and
+    u = clip(up, -limit, limit). DeepSeek-V4: slope 1, offset 0; gpt-oss: slope 1.702, offset 1."""
+    g = np.minimum(gate.astype(np.float64), limit)
+    u = np.clip(up.astype(np.float64), -limit, limit)
+    with np.errstate(over="ignore"):
+        return ((u + offset) * g / (1.0 + np.exp(-slope * g))).astype(np.float32)
+
+
+def clamped_cases(rng: np.random.Generator) -> Iterable[Case]:
+    for case in cases(rng):
+        for name, limit, slope, offset in [
+            ("tight", 1.5, 1.0, 0.0),
+            ("sloped", 7.0, 1.702, 1.0),
+        ]:
+            form = {"limit": limit, "slope": slope, "offset": offset}
+            yield Case(f"{case.name}_{name}", {**case.args, **form})
+    edges = np.array([[2.5, -2.5, 2.0, -2.0, 3e4, -3e4]], np.float32)
+    form = {"limit": 2.0, "slope": 1.0, "offset": 0.0}
+    yield Case("at_the_limit", {"gate": edges, "up": edges[:, ::-1].copy(), **form})
+
+
 def cases(rng: np.random.Generator) -> Iterable[Case]:
     for name, rows, width in [("one_row", 1, 1536), ("odd", 5, 33), ("no_rows", 0, 16)]:
         gate, up = normal(rng, rows, width, scale=2.0), normal(rng, rows, width)
@@ -35,4 +57,8 @@ def _op(name: str, reference: Callable[..., F32]) -> Op:
     return Op(name, reference, cases, POINTWISE)
 
 
-OPS = (_op("silu_mul", silu_mul), _op("gelu_tanh_mul", gelu_tanh_mul))
+OPS = (
+    _op("silu_mul", silu_mul),
+    _op("gelu_tanh_mul", gelu_tanh_mul),
+    Op("clamped_swiglu", clamped_swiglu, clamped_cases, POINTWISE),
+)

@@ -55,4 +55,4 @@ def cases(rng: np.random.Generator) -> Iterable[Case]:
     yield Case("nan_and_minus_inf", {"logits": broken, "token_ids": np.array([4, 1]), "top": 4})
 
 
-OPS = (Op("logprobs", logprobs, cases, TOLERANCE),)
+OPS = (Op("logprobs", logprobs, cases, TOLERANCE, float32=frozenset({"logits"})),)

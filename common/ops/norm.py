@@ -1,4 +1,5 @@
-"""Root-mean-square norm (Zhang and Sennrich 2019, equation 4), alone and after a residual add."""
+"""Root-mean-square norm (Zhang and Sennrich 2019, equation 4), alone and after a residual add, and
+layer norm."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import numpy as np
 from ...platforms.interface_kernels import Case, Op, Tolerance
 from .contract import F32, POINTWISE, around_one, normal
 
+LAYER_TOLERANCE = {**POINTWISE, "float32": Tolerance(2e-5, 1e-5), "bfloat16": Tolerance(2e-2, 2e-2)}
+"""The difference to the mean loses digits where the mean is large."""
 TOLERANCE = {**POINTWISE, "float32": Tolerance(1e-5, 1e-5), "bfloat16": Tolerance(2e-2, 2e-2)}
 
 
@@ -62,7 +65,29 @@ def add_rms_norm_cases(rng: np.random.Generator) -> Iterable[Case]:
         )
 
 
+def layer_norm(x: F32, weight: F32, bias: F32 | None, eps: float) -> F32:
+    """x (..., H), weight (H,), bias (H,) or None -> (x - mean) / sqrt(variance + eps) * weight +
+    bias over the last axis (Ba, Kiros and Hinton 2016, equation 4); the variance is of all H
+    numbers. Statistics in float32 or wider whatever the dtype of x."""
+    wide = x.astype(np.float64)
+    apart = wide - wide.mean(axis=-1, keepdims=True)
+    scale = 1.0 / np.sqrt((apart * apart).mean(axis=-1, keepdims=True) + eps)
+    result = apart * scale * weight
+    return (result if bias is None else result + bias).astype(np.float32)
+
+
+def layer_norm_cases(rng: np.random.Generator) -> Iterable[Case]:
+    for case in rms_norm_cases(rng):
+        bias = normal(rng, len(case.args["weight"]))
+        yield Case(case.name, {**case.args, "bias": bias})
+    x = normal(rng, 3, 48) + np.float32(50.0)  # a mean far above the spread
+    yield Case("far_mean", {"x": x, "weight": around_one(rng, 48), "bias": None, "eps": 1e-5})
+    equal = np.full((2, 16), 3.0, np.float32)
+    yield Case("equal", {"x": equal, "weight": around_one(rng, 16), "bias": None, "eps": 1e-5})
+
+
 OPS = (
+    Op("layer_norm", layer_norm, layer_norm_cases, LAYER_TOLERANCE),
     Op("rms_norm", rms_norm, rms_norm_cases, TOLERANCE),
     Op("add_rms_norm", add_rms_norm, add_rms_norm_cases, TOLERANCE, parts=("rms_norm",)),
 )

@@ -69,6 +69,6 @@ def page_copy_cases(rng: np.random.Generator) -> Iterable[Case]:
 
 
 OPS = (
-    Op("kv_write", kv_write, kv_write_cases, EXACT),
-    Op("page_copy", page_copy, page_copy_cases, EXACT),
+    Op("kv_write", kv_write, kv_write_cases, EXACT, in_place=frozenset({"keys", "values"})),
+    Op("page_copy", page_copy, page_copy_cases, EXACT, in_place=frozenset({"pool"})),
 )

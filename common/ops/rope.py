@@ -14,6 +14,10 @@ from .norm import rms_norm
 TOLERANCE = {**POINTWISE, "float32": Tolerance(1e-5, 1e-5), "bfloat16": Tolerance(4e-2, 2e-2)}
 
 
+ANGLES = frozenset({"cos", "sin"})
+"""Angles are float32 in every model."""
+
+
 def _rotate(x: F32, cos: F32, sin: F32) -> F32:
     half = cos.shape[-1]
     first, second = x[..., :half].astype(np.float64), x[..., half : 2 * half].astype(np.float64)
@@ -105,7 +109,15 @@ OPS = (
         rope_angles,
         rope_angles_cases,
         dict.fromkeys(POINTWISE, POINTWISE["float32"]),
+        float32=frozenset({"inverse"}),
     ),
-    Op("rope", rope, rope_cases, TOLERANCE),
-    Op("qk_norm_rope", qk_norm_rope, qk_norm_rope_cases, TOLERANCE, parts=("rms_norm", "rope")),
+    Op("rope", rope, rope_cases, TOLERANCE, float32=ANGLES),
+    Op(
+        "qk_norm_rope",
+        qk_norm_rope,
+        qk_norm_rope_cases,
+        TOLERANCE,
+        parts=("rms_norm", "rope"),
+        float32=ANGLES,
+    ),
 )

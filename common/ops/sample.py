@@ -124,4 +124,4 @@ def _kept(scaled: F64, s: SamplingArrays, row: int) -> NDArray[np.bool_]:
     return kept
 
 
-OPS = (Op("sample", sample, cases, EXACT),)
+OPS = (Op("sample", sample, cases, EXACT, float32=frozenset({"logits"})),)

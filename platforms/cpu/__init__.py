@@ -6,9 +6,11 @@ import os
 import sys
 
 from ..interface import DeviceFacts, EngineSpec, Executor, Machine, Probe, Status, Support
+from ..interface_kernels import Suite
 from ..judgement import RANK_CPU, SERVED, judge, torch_found, torch_lacks
 from ..machine_source import Source
 from ..machine_topology import topology, usable_cpus
+from ..recorded_device import no_interpreter, present
 
 FEATURES = frozenset(
     "avx2 f16c fma avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx512_fp16 "
@@ -53,6 +55,12 @@ def vectors(features: frozenset[str]) -> str:
     return ", ".join(dict.fromkeys(label for flag, label in names.items() if flag in features))
 
 
+def _let_waiting_threads_sleep() -> None:
+    """Read when torch loads its OpenMP: threads that wait for its next loop by spinning would take
+    the cores from the native kernels' threads."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 class CPUPlatform:
     name = "cpu"
 
@@ -72,9 +80,7 @@ class CPUPlatform:
         return Support(Status.NO, f"{feature} is not served by this version")
 
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
-        # Read when torch loads its OpenMP: threads that wait for its next loop by spinning would
-        # take the cores from the native kernels' threads.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        _let_waiting_threads_sleep()
         from ..torch_runtime.executor import TorchExecutor
         from .device import CpuDevice
         from .kernels import register
@@ -83,6 +89,17 @@ class CPUPlatform:
         seen = topology(Source(), usable_cpus()) if sys.platform == "linux" else None
         device = CpuDevice(facts, spec.threads, seen)
         return TorchExecutor(spec, device, lambda registry: register(registry, device))
+
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        if interpreted:
+            raise no_interpreter(self.name)
+        _let_waiting_threads_sleep()
+        from ..torch_runtime.conformance import device_suite
+        from .device import CpuDevice
+        from .kernels import register
+
+        device = CpuDevice(present(facts, self.name))
+        return device_suite(device, lambda registry: register(registry, device))
 
 
 PLATFORM = CPUPlatform()

@@ -122,7 +122,12 @@ class NativeAttention:
     def plan(self, batch: StepBatch, group: KVGroup) -> NativePlan:
         return plan_step(batch, group)
 
-    def bind(self, plan: NativePlan) -> GroupPlan:
+    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int) -> GroupPlan:
+        """The group's one place, which grows with its plans."""
+        return self._groups[group.name][0]
+
+    def bind(self, plan: NativePlan, reserved: GroupPlan | None = None) -> GroupPlan:
+        """Into the group's one place, reserved or not."""
         bound, spec = self._groups[plan.group.name]
         bound.fill(plan, spec.heads, spec.head_dim)
         return bound

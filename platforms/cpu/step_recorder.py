@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..interface import Decision
+from ..interface_step import StepBatch
+from ..torch_runtime.step_program import NotCaptured, StepProgram, StepRunner
 from .instruction_order import buffer_finder, order
 from .native_library import Instruction
 from .native_ops import Issuer, NotRecorded
@@ -104,26 +106,49 @@ class RecordedStep:
         return self._hidden[:count]
 
 
+class RecordedRunner:
+    """A StepRunner: binds each step's plan to its one place and runs the recording."""
+
+    def __init__(self, program: StepProgram, recorded: RecordedStep) -> None:
+        self.program = program
+        self.recorded = recorded
+
+    def __call__(self, batch: StepBatch, token_ids: Tensor, positions: Tensor) -> Tensor:
+        self.program.bind(self.program.plan(batch))
+        return self.recorded(token_ids, positions)
+
+
 class StepRecorder:
-    """The CPU's form of a graph."""
+    """The CPU's form of a graph. Its attention keeps a group's plan at a fixed address, whatever
+    the size of the step."""
 
     def __init__(self, issuer: Issuer) -> None:
         self._issuer = issuer
 
     def capture(
-        self, step: Step, example: tuple[Tensor, Tensor], max_tokens: int
-    ) -> tuple[Step, Decision]:
-        """A step that does the same with less host work, checked on `example`; or `step` itself
-        with the reason."""
-        try:
-            recorded = RecordedStep(self._issuer, step, max_tokens)
-        except NotRecorded as error:
-            return step, Decision("step", "op by op", str(error), (("recorded", str(error)),))
-        want, got = step(*example).clone(), recorded(*example)
-        if not torch.equal(want, got):
-            raise RuntimeError("A recorded step differs from the step that it was recorded from.")
+        self, program: StepProgram, max_rows: int, max_tokens: int
+    ) -> tuple[StepRunner, Decision]:
+        """Checked on two tokens that go to the null pages. Raises NotCaptured."""
+        bound = program.bind(program.plan(program.rehearsal([2])))
+        example = torch.zeros(2, dtype=torch.int64), torch.arange(2)
+
+        def step(token_ids: Tensor, positions: Tensor) -> Tensor:
+            return program.forward(token_ids, positions, bound)
+
+        recorded = self.record(step, example, max_tokens)
         because = (
             f"{recorded.count} native instructions run without Python between them; "
             f"buffers of up to {recorded.buffer_bytes >> 20} MiB for {max_tokens} tokens"
         )
-        return recorded, Decision("step", "recorded", because)
+        return RecordedRunner(program, recorded), Decision("step", "recorded", because)
+
+    def record(self, step: Step, example: tuple[Tensor, Tensor], max_tokens: int) -> RecordedStep:
+        """`step` for up to `max_tokens` tokens, checked on `example`. Raises NotCaptured."""
+        try:
+            recorded = RecordedStep(self._issuer, step, max_tokens)
+        except NotRecorded as error:
+            raise NotCaptured(str(error)) from None
+        want, got = step(*example).clone(), recorded(*example)
+        if not torch.equal(want, got):
+            raise RuntimeError("A recorded step differs from the step that it was recorded from.")
+        return recorded

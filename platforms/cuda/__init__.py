@@ -1,4 +1,4 @@
-"""NVIDIA GPUs through torch's CUDA build: generic kernels only, so far."""
+"""NVIDIA GPUs through torch's CUDA build."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..interface import (
     Probe,
     Support,
 )
+from ..interface_kernels import Suite
 from ..judgement import (
     RANK_ACCELERATOR,
     UNVERIFIED,
@@ -21,12 +22,17 @@ from ..judgement import (
     describe,
     generic_support,
     judge,
+    libraries,
     node_lacks,
     numbers,
     of_vendor,
     torch_found,
     torch_lacks,
 )
+from ..recorded_device import machine_with, present
+
+RECORDED = Accelerator("nvidia", "NVIDIA H100 80GB HBM3", "sm_90", 85_520_809_984)
+"""Whose facts the interpreted suite has."""
 
 # Oldest Linux driver for a CUDA major version (CUDA compatibility guide, minor-version table).
 DRIVERS = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
@@ -38,6 +44,7 @@ COMPILERS: dict[tuple[int, ...], tuple[int, ...]] = {
     (12, 0): (12, 8),
     (12, 1): (12, 9),
 }
+LIBRARIES = ("torch", "triton", "flashinfer-python")
 OLDEST_ARCH = {12: (5, 0), 13: (7, 5)}
 DRIVER_REMEDY = (
     "sudo ubuntu-drivers install  # elsewhere: https://www.nvidia.com/drivers; then reboot"
@@ -66,7 +73,7 @@ def device_facts(device: Accelerator, machine: Machine) -> DeviceFacts:
         dtypes=frozenset(dtypes),
         fp8="ocp" if arch >= (8, 9) else "none",
         graphs="stream",
-        libraries={"torch": machine.packages.get("torch", ""), "driver": device.driver},
+        libraries=libraries(machine, device, LIBRARIES),
     )
 
 
@@ -125,8 +132,24 @@ class CUDAPlatform:
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
         from ..torch_runtime.executor import TorchExecutor
         from .device import CUDADevice
+        from .kernels import register
 
-        return TorchExecutor(spec, CUDADevice(facts, f"cuda:{spec.device_index}"))
+        device = CUDADevice(facts, f"cuda:{spec.device_index}")
+        return TorchExecutor(spec, device, lambda registry: register(registry, device))
+
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        from .kernels import register
+
+        if interpreted:
+            from ..torch_runtime.interpreted import interpreted_suite
+
+            recorded = facts or device_facts(RECORDED, machine_with(RECORDED))
+            return interpreted_suite(recorded, register)
+        from ..torch_runtime.conformance import device_suite
+        from .device import CUDADevice
+
+        device = CUDADevice(present(facts, self.name), "cuda:0")
+        return device_suite(device, lambda registry: register(registry, device))
 
 
 PLATFORM = CUDAPlatform()

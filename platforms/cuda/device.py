@@ -1,11 +1,21 @@
-"""An NVIDIA GPU as a TorchDevice. Never run on one yet: what differs is only its names."""
+"""An NVIDIA GPU as a TorchDevice. Never run on one yet."""
 
 from __future__ import annotations
 
+import torch
+
 from ..torch_runtime.device import TorchDevice
+from ..torch_runtime.stream_graphs import StreamGraphs
 
 
 class CUDADevice(TorchDevice):
+    @property
+    def graphs(self) -> StreamGraphs:
+        # Other threads of the process may use the device while this one records.
+        mode = "thread_local"
+        device = self.torch_device
+        return StreamGraphs(device, torch.cuda, "CUDAGraph", capture_error_mode=mode)
+
     @property
     def collectives(self) -> str:
         return "nccl"

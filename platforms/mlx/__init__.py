@@ -7,6 +7,7 @@ it is named, never picked.
 from __future__ import annotations
 
 from ..interface import DeviceFacts, EngineSpec, Executor, Machine, Probe, Status, Support
+from ..interface_kernels import Suite
 from ..judgement import (
     RANK_ACCELERATOR,
     RANK_BY_NAME,
@@ -18,6 +19,7 @@ from ..judgement import (
     numbers,
     of_vendor,
 )
+from ..recorded_device import no_interpreter, present
 
 OLDEST_MLX = (0, 31, 2)
 OLDEST_MLX_LM = (0, 31)
@@ -100,6 +102,13 @@ class MLXPlatform:
         from .executor import MLXExecutor
 
         return MLXExecutor(spec, facts, platform.mac_ver()[0])
+
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        if interpreted:
+            raise no_interpreter(self.name)
+        from .suite import suite
+
+        return suite(present(facts, self.name))
 
 
 PLATFORM = MLXPlatform()

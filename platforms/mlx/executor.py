@@ -112,6 +112,9 @@ class MLXExecutor:
         spec = self._spec
         log = DecisionLog()
         self._device(log)
+        if spec.graphs == "on":
+            raise ConfigError("--graphs on cannot be had: MLX builds every step anew. Use off.")
+        log.add("step", "op by op", "MLX builds every step anew, and runs it as a whole")
         checkpoint = open_checkpoint(spec.model_path)
         model, _ = load_model(checkpoint, spec, log)
         weights = weight_bytes(model)

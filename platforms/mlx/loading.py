@@ -79,6 +79,10 @@ def _weights(
             f"--quantize {wanted}: the checkpoint is {name} already; leave --quantize out, or use "
             "a checkpoint in 16 bits."
         )
+    elif wanted not in BITS:
+        raise ConfigError(
+            f"--quantize {wanted} is not served on this platform; use {' or '.join(BITS)}."
+        )
     else:
         from mlx_lm.utils import quantize_model
 

@@ -13,6 +13,7 @@ from ..interface import (
     Probe,
     Support,
 )
+from ..interface_kernels import Suite
 from ..judgement import (
     RANK_ACCELERATOR,
     UNVERIFIED,
@@ -27,6 +28,7 @@ from ..judgement import (
     torch_found,
     torch_lacks,
 )
+from ..recorded_device import no_interpreter, present
 
 CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
 CANN_PAGE = "https://www.hiascend.com/cann"
@@ -119,6 +121,14 @@ class NPUPlatform:
         from .device import NPUDevice
 
         return TorchExecutor(spec, NPUDevice(facts, f"npu:{spec.device_index}"))
+
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        if interpreted:
+            raise no_interpreter(self.name)
+        from ..torch_runtime.conformance import device_suite
+        from .device import NPUDevice
+
+        return device_suite(NPUDevice(present(facts, self.name), "npu:0"))
 
 
 PLATFORM = NPUPlatform()

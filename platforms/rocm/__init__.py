@@ -1,4 +1,4 @@
-"""AMD GPUs through torch's ROCm build: generic kernels only, so far."""
+"""AMD GPUs through torch's ROCm build."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..interface import (
     Probe,
     Support,
 )
+from ..interface_kernels import Suite
 from ..judgement import (
     RANK_ACCELERATOR,
     RANK_BY_NAME,
@@ -23,12 +24,17 @@ from ..judgement import (
     describe,
     generic_support,
     judge,
+    libraries,
     node_lacks,
     numbers,
     of_vendor,
     torch_found,
     torch_lacks,
 )
+from ..recorded_device import machine_with, present
+
+RECORDED = Accelerator("amd", "AMD Instinct MI300X OAM", "gfx942", 206_158_430_208)
+"""Whose facts the interpreted suite has."""
 
 # What PyTorch's ROCm wheels hold code for (PYTORCH_ROCM_ARCH of its release builds).
 WHEEL_ARCHITECTURES = frozenset(
@@ -36,6 +42,7 @@ WHEEL_ARCHITECTURES = frozenset(
     "gfx1200 gfx1201".split()
 )
 FP8 = {"gfx942": "fnuz", "gfx950": "ocp", "gfx1200": "ocp", "gfx1201": "ocp"}
+LIBRARIES = ("torch", "triton", "amd-aiter")
 VARIABLES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
@@ -59,7 +66,7 @@ def device_facts(device: Accelerator, machine: Machine) -> DeviceFacts:
         dtypes=frozenset({"float32", "float16"} | ({"bfloat16", "int8"} if matrix else set())),
         fp8="fnuz" if fp8 == "fnuz" else "ocp" if fp8 == "ocp" else "none",
         graphs="stream",
-        libraries={"torch": machine.packages.get("torch", ""), "driver": device.driver},
+        libraries=libraries(machine, device, LIBRARIES),
     )
 
 
@@ -111,9 +118,25 @@ class ROCmPlatform:
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
         from ..torch_runtime.executor import TorchExecutor
         from .device import ROCmDevice
+        from .kernels import register
 
         # torch's ROCm build calls its devices "cuda".
-        return TorchExecutor(spec, ROCmDevice(facts, f"cuda:{spec.device_index}"))
+        device = ROCmDevice(facts, f"cuda:{spec.device_index}")
+        return TorchExecutor(spec, device, lambda registry: register(registry, device))
+
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        from .kernels import register
+
+        if interpreted:
+            from ..torch_runtime.interpreted import interpreted_suite
+
+            recorded = facts or device_facts(RECORDED, machine_with(RECORDED))
+            return interpreted_suite(recorded, register)
+        from ..torch_runtime.conformance import device_suite
+        from .device import ROCmDevice
+
+        device = ROCmDevice(present(facts, self.name), "cuda:0")
+        return device_suite(device, lambda registry: register(registry, device))
 
 
 PLATFORM = ROCmPlatform()

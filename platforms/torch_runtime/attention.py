@@ -8,11 +8,14 @@ a mask. Keys and values of all rows are written before anything is read.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from torch import Tensor
 
+from ...common.errors import KernelError
 from ..interface import DeviceFacts
 from ..interface_attention import AttentionSpec
 from ..interface_kv import KVGroup, KVLayout
@@ -102,7 +105,13 @@ class SdpaAttention:
         token_bytes = 2 * heads * dim * DTYPES[layout.dtype].itemsize
         return plan_attention(batch, group, max(1, GATHER_BYTES // token_bytes))
 
-    def bind(self, plan: AttentionPlan) -> BoundAttention:
+    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int) -> NoReturn:
+        raise KernelError(
+            "attention kernel sdpa gathers as many pages as the rows of a step have; of fixed "
+            "shape, it would gather the longest context for every row"
+        )
+
+    def bind(self, plan: AttentionPlan, reserved: None = None) -> BoundAttention:
         return BoundAttention(plan, self._device, DTYPES[self._layouts[plan.group].dtype])
 
     def run(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -11,16 +10,18 @@ from torch import Tensor
 
 from ..interface import Decision, DeviceFacts, Event, Status, Support
 
-Step = Callable[[Tensor, Tensor], Tensor]
-"""token_ids, positions (T,) int64 -> hidden states (T, width)."""
+if TYPE_CHECKING:
+    from .step_program import StepProgram, StepRunner
 
 
 class Graphs(Protocol):
+    """How a device runs a step with less host work. Two forms there are: a recording that serves
+    steps of every size (the CPU's), and one per number of rows (`graph_runner`)."""
+
     def capture(
-        self, step: Step, example: tuple[Tensor, Tensor], max_tokens: int
-    ) -> tuple[Step, Decision]:
-        """A step that does the same as `step`, for up to `max_tokens` tokens, with less host work;
-        or `step` itself. A result is valid until the next call."""
+        self, program: StepProgram, max_rows: int, max_tokens: int
+    ) -> tuple[StepRunner, Decision]:
+        """A runner that gives what `program.run` gives. Raises NotCaptured with the reason."""
         ...
 
 

@@ -21,12 +21,18 @@ from ..interface_step import StepBatch, StepResult
 from .device import TorchDevice
 from .dtypes import DTYPES
 from .kernels import register_generic
-from .model_runner import CacheGroup, ModelRunner
+from .model_runner import ModelRunner
 from .model_source import ModelSource, open_source
 from .pools import TorchKVPool
+from .step_program import CacheGroup, StepProgram
 
 RUNTIME_OPS = ("kv_write", "page_copy", "sample", "logprobs")
 """Ops that the runtime calls beside the model's."""
+
+ENDS = {
+    "int4": "; the embedding and the head are int8",
+    "fp8": "; the embedding, the head and experts stay in the dtype",
+}
 
 FEATURES = (
     "logprobs",
@@ -128,10 +134,11 @@ class TorchExecutor:
         if packed is not None:
             log.extend([packed])
         groups = self._reserve(plan, needs, specs, attention, ops)
+        program = StepProgram(model, groups, attention, specs, ops, plan.max_context)
         self._runner = ModelRunner(
-            model, groups, attention, specs, ops, device, spec.max_rows, source.vocab_size
+            model, program, self.pools, ops, device, spec.max_rows, source.vocab_size
         )
-        log.extend([self._runner.capture(spec.max_step_tokens)])
+        log.extend([self._runner.capture(spec.graphs, spec.max_step_tokens)])
         return self._info(source, plan, dtype, weight_bytes, log)
 
     def _dtype(self, source: ModelSource, log: DecisionLog) -> str:
@@ -149,13 +156,13 @@ class TorchExecutor:
     def _weights(
         self, source: ModelSource, dtype: str, registry: KernelRegistry, log: DecisionLog
     ) -> str:
-        """How matrices are kept: "int8", "int4", "stored", or "" for the dtype."""
+        """How matrices are kept: "int8", "int4", "fp8", "stored", or "" for the dtype."""
         wanted = self._spec.quantize
         problems = self._problems(source, dtype, "stored")
         schemes = ", ".join(sorted({p.weights for p in problems if p.weights}))
         stores = f"; the checkpoint stores {schemes}" if schemes else ""
         if wanted is not None:
-            ends = "; the embedding and the head are int8" if wanted == "int4" else ""
+            ends = ENDS.get(wanted, "")
             because = f"set by the user{ends}{stores}"
             log.add("weights", dtype if wanted == "none" else wanted, because)
             return "" if wanted == "none" else wanted

@@ -13,8 +13,12 @@ from torch import Tensor
 from ...common.ops.page_digest import SEED, STRIDE
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
+from .activations import clamped_swiglu, gelu_tanh_mul, silu_mul
 from .attention import SdpaAttention
 from .device import TorchDevice
+from .experts import moe, moe_experts, moe_route
+from .latent_attention import latent_attention, merge_state
+from .recurrent import conv1d_update, gated_delta
 from .sampler import mix32, sample, signed
 
 if TYPE_CHECKING:
@@ -48,6 +52,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    shift = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), weight.shape, weight.float(), shift, eps).to(x.dtype)
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys turn together: x * (cos, cos) + (x's halves swapped) * (-sin, sin)."""
     heads, rotary = q.shape[1], 2 * cos.shape[-1]
@@ -72,41 +81,6 @@ def qk_norm_rope(
     sin: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return rope(rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), cos, sin)
-
-
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate).mul_(up)
-
-
-def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh").mul_(up)
-
-
-def moe(
-    x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalise: bool
-) -> Tensor:
-    """Every expert is one pair of products over the rows that chose it; experts are visited in
-    order and the visit reads their row counts on the host."""
-    weights = torch.softmax(router_logits.float(), dim=-1)
-    # A stable sort, not topk: equal logits go to the lowest expert id.
-    chosen = torch.sort(router_logits, dim=-1, descending=True, stable=True)[1][:, :top_k]
-    scale = weights.gather(1, chosen)
-    if renormalise:
-        scale = scale / scale.sum(dim=-1, keepdim=True)
-    expert_of, order = torch.sort(chosen.reshape(-1), stable=True)
-    row_of = order // top_k
-    factor = scale.reshape(-1)[order].unsqueeze(-1)
-    counts = torch.bincount(expert_of, minlength=len(gate_up)).tolist()
-    result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    begin = 0
-    for expert, count in enumerate(counts):
-        if count:
-            rows = row_of[begin : begin + count]
-            gate, up = F.linear(x[rows], gate_up[expert]).chunk(2, dim=-1)
-            hidden = F.linear(silu_mul(gate, up), down[expert])
-            result.index_add_(0, rows, hidden.float() * factor[begin : begin + count])
-            begin += count
-    return result.to(x.dtype)
 
 
 def kv_write(
@@ -164,12 +138,20 @@ GENERIC: dict[str, Callable[..., Any]] = {
     "linear": linear,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
+    "layer_norm": layer_norm,
     "rope_angles": rope_angles,
     "rope": rope,
     "qk_norm_rope": qk_norm_rope,
     "silu_mul": silu_mul,
     "gelu_tanh_mul": gelu_tanh_mul,
+    "clamped_swiglu": clamped_swiglu,
+    "moe_route": moe_route,
+    "moe_experts": moe_experts,
     "moe": moe,
+    "conv1d_update": conv1d_update,
+    "gated_delta": gated_delta,
+    "latent_attention": latent_attention,
+    "merge_state": merge_state,
     "kv_write": kv_write,
     "page_copy": page_copy,
     "page_gather": page_gather,
@@ -179,6 +161,9 @@ GENERIC: dict[str, Callable[..., Any]] = {
 }
 
 
+READS_ON_HOST = frozenset({"moe", "moe_experts", "gated_delta", "latent_attention"})
+
+
 def _anywhere(facts: DeviceFacts, problem: Problem) -> str | None:
     return f"has no {problem.weights} weights" if problem.weights else None
 
@@ -186,5 +171,5 @@ def _anywhere(facts: DeviceFacts, problem: Problem) -> str | None:
 def register_generic(registry: KernelRegistry, device: TorchDevice) -> None:
     """Add the generic kernels and the generic attention backend, at priority 0."""
     for op, fn in GENERIC.items():
-        registry.add(Kernel(op, "generic", _anywhere, fn, graph_safe=op != "moe"))
+        registry.add(Kernel(op, "generic", _anywhere, fn, graph_safe=op not in READS_ON_HOST))
     registry.add_attention(SdpaAttention(device))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,29 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...common.errors import ConfigError
 from ...models.base import Model
 from ..interface import Decision
-from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable
-from ..interface_kv import KVGroup
 from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, Want
-from ..sampling_rows import no_sampling, select_rows
-from .device import Step, TorchDevice
+from ..sampling_rows import select_rows
+from .device import TorchDevice
 from .pools import TorchKVPool
+from .step_program import NotCaptured, StepProgram, StepRunner
 
 I64 = NDArray[np.int64]
 
 LOGITS_AT_ONCE = 1 << 24
 """Prompt log-probabilities are computed in slices of at most this many logits (64 MiB)."""
-
-
-@dataclass(frozen=True, slots=True)
-class CacheGroup:
-    """A cache group as the runner uses it: its layers in the model's order."""
-
-    group: KVGroup
-    pool: TorchKVPool
-    layers: tuple[int, ...]
 
 
 class ModelRunner:
@@ -43,40 +33,38 @@ class ModelRunner:
     def __init__(
         self,
         model: Model,
-        groups: Sequence[CacheGroup],
-        attention: AttentionBackend,
-        specs: Sequence[AttentionSpec],
+        program: StepProgram,
+        pools: Mapping[str, TorchKVPool],
         ops: KernelTable,
         device: TorchDevice,
         max_rows: int,
         vocab_size: int,
     ) -> None:
         self._model = model
-        self._groups = tuple(groups)
-        self._attention = attention
+        self._program = program
+        self._pools = pools
         self._ops = ops
         self._device = device
         self._vocab_size = vocab_size
-        self._specs = specs
+        self._max_rows = max_rows
         self._last = torch.zeros(max_rows, dtype=torch.int64, device=device.torch_device)
-        self._bound: list[Any] = []
-        self._step: Step = self._forward
-        self._place = {
-            layer: (index, place)
-            for index, group in enumerate(groups)
-            for place, layer in enumerate(group.layers)
-        }
+        self._step: StepRunner = program.run
 
     @torch.inference_mode()
-    def capture(self, max_tokens: int) -> Decision:
-        """Let the device capture the step, tried on two tokens that go to the null pages."""
-        graphs = self._device.graphs
-        if graphs is None:
-            return Decision("step", "op by op", "this device captures nothing")
-        batch = _rehearsal([group.group.name for group in self._groups])
-        self._bind(batch)
-        example = (self._token_ids(batch), torch.arange(2, device=self._device.torch_device))
-        self._step, decision = graphs.capture(self._forward, example, max_tokens)
+    def capture(self, wanted: str | None, max_tokens: int) -> Decision:
+        """Let the device capture the step. `wanted`: "on", "off", or None where the user left it to
+        the device. Raises ConfigError when "on" cannot be had."""
+        if wanted == "off":
+            return Decision("step", "op by op", "set by the user")
+        try:
+            graphs = self._device.graphs
+            if graphs is None:
+                raise NotCaptured("this device captures nothing")
+            self._step, decision = graphs.capture(self._program, self._max_rows, max_tokens)
+        except NotCaptured as error:
+            if wanted == "on":
+                raise ConfigError(f"--graphs on cannot be had: {error}. Use off.") from None
+            return Decision("step", "op by op", str(error), (("captured", str(error)),))
         return decision
 
     @torch.inference_mode()
@@ -88,8 +76,7 @@ class ModelRunner:
         lengths = np.diff(batch.query_start)
         shift = np.repeat(batch.context_lens - batch.query_start[:-1], lengths)
         positions = (np.arange(len(shift)) + shift).astype(np.int64)
-        self._bind(batch)
-        hidden = self._step(token_ids, self._device.to_device(positions))
+        hidden = self._step(batch, token_ids, self._device.to_device(positions))
         result = self._sample(batch, hidden)
         prompts = self._prompt_logprobs(batch, hidden)
         return StepResult(
@@ -101,10 +88,8 @@ class ModelRunner:
 
     def _move(self, batch: StepBatch) -> None:
         """One by one: a move may copy from the target of an earlier one, `copy` reads first."""
-        if batch.moves:
-            pools = {group.group.name: group.pool for group in self._groups}
-            for move in batch.moves:
-                pools[move.group].copy([move.source], [move.target])
+        for move in batch.moves:
+            self._pools[move.group].copy([move.source], [move.target])
 
     def _token_ids(self, batch: StepBatch) -> Tensor:
         tokens = self._device.to_device(batch.token_ids.astype(np.int64))
@@ -115,26 +100,6 @@ class ModelRunner:
             where = self._device.to_device(waiting.astype(np.int64))
             tokens = tokens.index_copy(0, where, self._last[handles])
         return tokens
-
-    def _bind(self, batch: StepBatch) -> None:
-        backend = self._attention
-        self._bound = [backend.bind(backend.plan(batch, group.group)) for group in self._groups]
-
-    def _attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
-    ) -> Tensor:
-        index, place = self._place[layer]
-        spec = self._specs[layer]
-        if spec.sinks != (sinks is not None):
-            raise ValueError(f"layer {layer}: its spec and its call disagree about sinks")
-        result: Tensor = self._attention.run(
-            self._bound[index], self._groups[index].pool, place, q, k, v, spec, sinks
-        )
-        return result
-
-    def _forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        hidden: Tensor = self._model(token_ids, positions, self._attend)
-        return hidden
 
     def _sample(self, batch: StepBatch, hidden: Tensor) -> dict[str, Any]:
         rows = np.flatnonzero(batch.want & Want.SAMPLE)
@@ -235,17 +200,3 @@ class ModelRunner:
             self._device.to_host(part) for part in self._ops.logprobs(logits, tokens, top)
         )
         return chosen, ids.astype(np.int32), best
-
-
-def _rehearsal(groups: Sequence[str]) -> StepBatch:
-    """A step of one row and two tokens that reads and writes the null pages only."""
-    return StepBatch(
-        step=-1,
-        row_ids=np.zeros(1, np.int32),
-        token_ids=np.zeros(2, np.int32),
-        query_start=np.array([0, 2], np.int32),
-        context_lens=np.zeros(1, np.int32),
-        page_tables={name: np.zeros((1, 2), np.int32) for name in groups},
-        want=np.zeros(1, np.uint8),
-        sampling=no_sampling(1),
-    )

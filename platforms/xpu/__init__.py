@@ -11,6 +11,7 @@ from ..interface import (
     Probe,
     Support,
 )
+from ..interface_kernels import Suite
 from ..judgement import (
     RANK_ACCELERATOR,
     RANK_BY_NAME,
@@ -25,6 +26,10 @@ from ..judgement import (
     torch_found,
     torch_lacks,
 )
+from ..recorded_device import machine_with, present
+
+RECORDED = Accelerator("intel", "Arc B580", "bmg", 12_884_901_888)
+"""Whose facts the interpreted suite has."""
 
 # Graphics IP versions (kernel's xe driver, platform descriptors).
 ARCHITECTURES = {
@@ -98,6 +103,16 @@ class XPUPlatform:
         from .device import XPUDevice
 
         return TorchExecutor(spec, XPUDevice(facts, f"xpu:{spec.device_index}"))
+
+    def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        if interpreted:
+            from ..torch_runtime.interpreted import interpreted_suite
+
+            return interpreted_suite(facts or device_facts(RECORDED, machine_with(RECORDED)))
+        from ..torch_runtime.conformance import device_suite
+        from .device import XPUDevice
+
+        return device_suite(XPUDevice(present(facts, self.name), "xpu:0"))
 
 
 PLATFORM = XPUPlatform()

@@ -60,8 +60,9 @@ def _engine_options(command: Any) -> Any:
         click.option(
             "--quantize",
             callback=_bits,
-            help="Matrices as int8 (8bit), int4 (4bit), or none; else as stored.",
+            help="Matrices as int8 (8bit), int4 (4bit), fp8, or none; else as stored.",
         ),
+        click.option("--graphs", help="Capture steps and replay them: on or off."),
         click.option("--kv-dtype", help="Keys and values: float32, bfloat16, float16 or int8."),
         click.option(
             "--kernel", "kernel", multiple=True, help="Name an op's kernel as op=provider."
@@ -113,7 +114,8 @@ def serve(model: str, **flags: Any) -> None:
             name: flags[name]
             for name in (
                 "platform dtype device_index max_context page_size cache_tokens memory_fraction "
-                "max_rows max_step_tokens max_queue eviction threads quantize kv_dtype strict"
+                "max_rows max_step_tokens max_queue eviction threads quantize kv_dtype graphs "
+                "strict"
             ).split()
         },
     )

@@ -22,16 +22,19 @@ from sixfold.common.config import EngineConfig
 from sixfold.common.engine import Engine
 from sixfold.common.errors import KernelError
 from sixfold.common.ops import OPS
+from sixfold.common.ops.conformance import check_op
 from sixfold.common.ops.registry import KernelRegistry
 from sixfold.common.ops.sample import LONGEST
+from sixfold.common.ops.suite import kernel_subject
 from sixfold.platforms.interface import EngineSpec, ExecutorInfo
-from sixfold.platforms.interface_kernels import Case, Problem
+from sixfold.platforms.interface_kernels import Kernel, Problem
 from sixfold.platforms.mlx import executor
+from sixfold.platforms.mlx.conformance import MLXRunner, arguments
 from sixfold.platforms.mlx.executor import MLXExecutor
 from sixfold.platforms.mlx.kernels import GENERIC, register
 from sixfold.platforms.mlx.loading import DTYPES
 from sixfold.platforms.mlx.metal import page_digest, page_gather, paged_attention, sample
-from sixfold.platforms.mlx.metal.check import arguments, refusal
+from sixfold.platforms.mlx.metal.check import refusal
 from sixfold.platforms.mlx.metal.launch import Launch, Launcher, MetalSource, launch
 from sixfold.platforms.mlx.metal.register import KERNELS, NEEDS_METAL
 
@@ -61,37 +64,13 @@ EVERY = [
 @needs_compiler()
 @pytest.mark.parametrize(("op", "kind"), EVERY)
 def test_emulated_kernel_equals_its_reference(op: str, kind: str, emulator: Emulator) -> None:
-    before, tolerance = emulator.launches, OPS[op].tolerance[kind]
-    for case in OPS[op].cases(np.random.default_rng(0)):
-        found = KERNELS[op](emulator.launch, **arguments(op, case, DTYPES[kind]))
-        expected = OPS[op].reference(**rounded(op, case, kind))
-        pairs = zip(as_list(found), as_list(expected), strict=True)
-        for made, wanted in pairs:
-            assert made.shape == wanted.shape, case.name
-            floats = mx.issubdtype(made.dtype, mx.floating)
-            np.testing.assert_allclose(
-                np.array(made.astype(mx.float32) if floats else made),
-                wanted,
-                atol=tolerance.atol,
-                rtol=tolerance.rtol,
-                err_msg=case.name,
-            )
+    before = emulator.launches
+    fn = partial(KERNELS[op], emulator.launch)
+    kernel = Kernel(op, "metal", lambda facts, problem: None, fn)
+    subject = kernel_subject(OPS[op], kernel, ON_METAL, MLXRunner())
+    (verdict,) = check_op(OPS[op], [subject], dtypes=[kind])
+    assert verdict.status == "pass", verdict
     assert emulator.launches > before
-
-
-def rounded(op: str, case: Case, kind: str) -> dict[str, Any]:
-    if op in WITHOUT_FLOATS:
-        return dict(case.args)
-    return {
-        name: np.array(mx.array(value).astype(DTYPES[kind]).astype(mx.float32))
-        if isinstance(value, np.ndarray) and value.dtype.kind == "f"
-        else value
-        for name, value in case.args.items()
-    }
-
-
-def as_list(found: Any) -> list[Any]:
-    return list(found) if isinstance(found, tuple) else [found]
 
 
 @needs_compiler()
@@ -142,7 +121,7 @@ def test_mlx_takes_every_launch_as_far_as_it_can_be_tried_here(op: str) -> None:
         return [mx.zeros(shape, kind) for shape, kind in zip(call.shapes, call.dtypes, strict=True)]
 
     for case in OPS[op].cases(np.random.default_rng(0)):
-        KERNELS[op](through, **arguments(op, case, mx.float32))
+        KERNELS[op](through, **arguments(OPS[op], case.args, mx.float32))
     assert tried > 5
 
 

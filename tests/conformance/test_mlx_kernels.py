@@ -3,61 +3,26 @@ pools keep what they were given: pages, states, copies, the canonical form."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from support.run_mlx import mlx_facts
 
 from sixfold.common.ops import OPS
-from sixfold.common.ops.registry import KernelRegistry
-from sixfold.platforms.interface_kernels import Case, Kernel, Problem
+from sixfold.common.ops.conformance import run_suite
 from sixfold.platforms.interface_kv import KVGroup, KVKind
-from sixfold.platforms.mlx.kernels import register
+from sixfold.platforms.mlx import PLATFORM
+from sixfold.platforms.mlx.kernels import GENERIC
+from sixfold.platforms.mlx.metal.register import NEEDS_METAL
 from sixfold.platforms.mlx.pools import LayerPages, LayerStates, MLXPages
 
 
-def kernels() -> list[Kernel]:
-    registry = KernelRegistry()
-    register(registry)
-    return registry.kernels()
-
-
-RUNNABLE = [k for k in kernels() if k.requires(mlx_facts(), Problem(k.op, "float32")) is None]
-
-
-def to_mlx(value: Any) -> Any:
-    if not isinstance(value, np.ndarray):
-        return value
-    narrow = {np.dtype(np.int64): np.int32}
-    return mx.array(value.astype(narrow.get(value.dtype, value.dtype)))
-
-
-def run(kernel: Kernel, case: Case) -> list[np.ndarray]:
-    found = kernel.fn(**{name: to_mlx(value) for name, value in case.args.items()})
-    return [np.array(part) for part in (found if isinstance(found, tuple) else (found,))]
-
-
-@pytest.mark.parametrize("kernel", RUNNABLE, ids=lambda k: f"{k.op}-{k.provider}")
-def test_kernel_equals_its_reference(kernel: Kernel) -> None:
-    op, ran = OPS[kernel.op], 0
-    for case in op.cases(np.random.default_rng(0)):
-        expected = op.reference(**case.args)
-        expected = expected if isinstance(expected, tuple) else (expected,)
-        tolerance = op.tolerance["float32"]
-        for actual, wanted in zip(run(kernel, case), expected, strict=True):
-            np.testing.assert_allclose(
-                actual, wanted, atol=tolerance.atol, rtol=tolerance.rtol, err_msg=case.name
-            )
-        ran += 1
-    assert ran > 0
-
-
-def test_a_kernel_that_cannot_run_here_says_why() -> None:
-    for kernel in kernels():
-        reason = kernel.requires(mlx_facts(), Problem(kernel.op, "float32"))
-        assert reason is None or len(reason) > 10
+@pytest.mark.parametrize("op", sorted(GENERIC))
+def test_every_kernel_equals_its_reference(op: str) -> None:
+    verdicts = {v.provider: v for v in run_suite(PLATFORM.conformance(mlx_facts()), {op: OPS[op]})}
+    assert verdicts["generic"].status == "pass", verdicts["generic"]
+    if "metal" in verdicts and verdicts["metal"].status != "pass":
+        assert list(verdicts["metal"].refused) == [NEEDS_METAL]
 
 
 GROUP = KVGroup("full", KVKind.FULL, 4, 9)

@@ -8,19 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from support.attention_checks import (
-    LAYER,
-    cpu_device,
-    from_int8_rows,
-    run_case,
-    step_batch,
-    to_int8_rows,
-)
-from support.kernel_checks import check, rounded_to_bytes
+from support.attention_checks import from_int8_rows, run_case
+from support.kernel_checks import cpu_device, rounded_to_bytes, verdict_of
 from support.native_forms import FORMS, HERE
 from torch import Tensor
 
 from sixfold.common.ops import OPS
+from sixfold.common.ops.suite import group_of, step_of
 from sixfold.platforms.cpu import native_attention, packing
 from sixfold.platforms.cpu.kernels import NATIVE_OPS
 from sixfold.platforms.cpu.native_attention import NativeAttention
@@ -28,8 +22,8 @@ from sixfold.platforms.cpu.native_library import LEVELS, Team, missing
 from sixfold.platforms.cpu.native_ops import Issuer, NativeOps
 from sixfold.platforms.cpu.packing import PackedWeight
 from sixfold.platforms.interface_attention import AttentionSpec
-from sixfold.platforms.interface_kernels import KernelTable
-from sixfold.platforms.interface_kv import KVGroup, KVKind
+from sixfold.platforms.interface_kernels import Case, KernelTable
+from sixfold.platforms.torch_runtime.conformance import LAYER, to_int8_rows
 from sixfold.platforms.torch_runtime.dtypes import KV_DTYPES
 from sixfold.platforms.torch_runtime.pools import TorchKVPool
 
@@ -51,7 +45,8 @@ def issuer(request: pytest.FixtureRequest) -> Issuer:
 
 @pytest.mark.parametrize("op", NATIVE_OPS)
 def test_equals_the_reference(issuer: Issuer, op: str) -> None:
-    assert check(OPS[op], getattr(NativeOps(issuer), op), "float32") > 0
+    verdict = verdict_of(OPS[op], getattr(NativeOps(issuer), op))
+    assert verdict.status == "pass", verdict
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
@@ -93,7 +88,7 @@ def test_attention_equals_the_reference(
 def _as_kept(x: np.ndarray, kv_dtype: str) -> np.ndarray:
     """What a cache of this dtype makes of keys or values."""
     if kv_dtype == "int8":
-        return from_int8_rows(to_int8_rows(x).numpy())
+        return from_int8_rows(to_int8_rows(x))
     return torch.from_numpy(x).to(KV_DTYPES[kv_dtype]).float().numpy()
 
 
@@ -139,16 +134,24 @@ def test_numbers_that_a_narrow_cache_can_just_hold(issuer: Issuer, kv_dtype: str
     v = torch.cat((torch.tensor([1e6, -1e30, float("nan"), 3.3e38]), torch.randn(28))).view(
         1, 1, 32
     )
-    group = KVGroup("g", KVKind.FULL, 4, 3)
+    case = Case(
+        "special",
+        {
+            "q": np.zeros((1, 1, 32)),
+            "query_start": np.array([0, 1], np.int32),
+            "context_lens": np.zeros(1, np.int32),
+            "page_table": np.array([[2]], np.int32),
+            "keys": np.zeros((12, 1, 32)),
+            "page_size": 4,
+            "window": 0,
+        },
+    )
+    group = group_of(case)
     spec = AttentionSpec(1, 1, 32, 1.0, kv_dtype=kv_dtype)
     backend = NativeAttention(issuer)
     pool = TorchKVPool(group, backend.layout(group, spec, 1), cpu_device(), KernelTable({}, ()))
     pool.data.zero_()
-    args = {
-        "q": np.zeros((1, 1, 32)), "query_start": np.array([0, 1], np.int32),
-        "context_lens": np.zeros(1, np.int32), "page_table": np.array([[2]], np.int32),
-    }  # fmt: skip
-    bound = backend.bind(backend.plan(step_batch(args, "g"), group))
+    bound = backend.bind(backend.plan(step_of(case), group))
     backend.run(bound, pool, 0, torch.zeros(1, 1, 32), k, v, spec)
     most = torch.finfo(dtype).max
     for kept, given in zip(pool.tokens[0, 2, 0], (k, v), strict=True):

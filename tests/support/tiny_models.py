@@ -51,12 +51,15 @@ class Tiny:
     family: str
     changes: dict[str, Any] = field(default_factory=dict)
 
-    def model(self, seed: int = 0) -> Any:
-        """The model in float32, every vector (norm, bias) random, matrices of useful size."""
+    def config(self) -> Any:
         text = "TextConfig" if self.family == "Gemma3" else "Config"
         config_class: Callable[..., Any] = getattr(transformers, self.family + text)
-        config = config_class(**{**SIZES, **self.changes}, attn_implementation="eager")
-        return randomised(getattr(transformers, self.family + "ForCausalLM")(config), seed)
+        return config_class(**{**SIZES, **self.changes}, attn_implementation="eager")
+
+    def model(self, seed: int = 0) -> Any:
+        """The model in float32, every vector (norm, bias) random, matrices of useful size."""
+        model = getattr(transformers, self.family + "ForCausalLM")(self.config())
+        return randomised(model, seed)
 
 
 TINY = {

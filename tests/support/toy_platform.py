@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from toy_sampling import best, log_softmax, prompt_logprobs, sample
 
-from sixfold.common.errors import ConfigError
+from sixfold.common.errors import ConfigError, PlatformError
 from sixfold.platforms import interface as hw
+from sixfold.platforms.interface_kernels import Suite
 from sixfold.platforms.interface_kv import KVGroup, KVKind
 from sixfold.platforms.interface_step import StepBatch, StepResult, Want
 
@@ -39,6 +40,9 @@ class ToyPlatform:
 
     def executor(self, spec: hw.EngineSpec, facts: hw.DeviceFacts) -> hw.Executor:
         return ToyExecutor(spec, facts)
+
+    def conformance(self, facts: hw.DeviceFacts | None, interpreted: bool = False) -> Suite:
+        raise PlatformError("The toy has no kernels: its model is plain numpy.")
 
 
 class ToyExecutor:

@@ -122,7 +122,7 @@ def test_a_recording_that_differs_from_its_step_is_an_error(issuer: Issuer) -> N
 
     ids = torch.tensor([3, 4])
     with pytest.raises(RuntimeError, match="differs"):
-        StepRecorder(issuer).capture(step, (ids, ids), MOST)
+        StepRecorder(issuer).record(step, (ids, ids), MOST)
 
 
 def test_a_model_of_torch_operations_runs_op_by_op_and_says_why() -> None:

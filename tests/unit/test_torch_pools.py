@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.attention_checks import cpu_backends, cpu_device
-from support.kernel_checks import cpu_facts, cpu_registry
+from support.attention_checks import cpu_backends
+from support.kernel_checks import cpu_device, cpu_facts, cpu_registry
 
 from sixfold.platforms.interface_attention import AttentionSpec
 from sixfold.platforms.interface_kernels import Problem

@@ -11,11 +11,7 @@ import numpy as np
 
 from ....common.ops import OPS
 from ...interface_kernels import Case
-
-FLOAT32_OPS = frozenset({"sample"})
-"""Ops whose inputs are float32 in every model."""
-
-NARROW = {np.dtype(np.int64): np.int32}
+from ..conformance import arguments
 
 
 def refusal(
@@ -34,29 +30,15 @@ def refusal(
     return None
 
 
-def arguments(op: str, case: Case, dtype: mx.Dtype) -> dict[str, Any]:
-    """The case as a kernel of this platform takes it."""
-    floats = mx.float32 if op in FLOAT32_OPS else dtype
-    return {name: _argument(value, floats) for name, value in case.args.items()}
-
-
-def _argument(value: Any, floats: mx.Dtype) -> Any:
-    if not isinstance(value, np.ndarray):
-        return value
-    array = mx.array(value.astype(NARROW.get(value.dtype, value.dtype), copy=False))
-    return array.astype(floats) if value.dtype.kind == "f" else array
-
-
 def _run(fn: Callable[..., Any], op: str, case: Case, dtype: mx.Dtype) -> list[mx.array]:
-    found = fn(**arguments(op, case, dtype))
+    found = fn(**arguments(OPS[op], case.args, dtype))
     arrays = list(found) if isinstance(found, tuple) else [found]
     mx.eval(arrays)
     return arrays
 
 
 def _difference(op: str, made: list[mx.array], wanted: list[mx.array], dtype: mx.Dtype) -> str:
-    kind = "float32" if op in FLOAT32_OPS else str(dtype).removeprefix("mlx.core.")
-    tolerance = OPS[op].tolerance[kind]
+    tolerance = OPS[op].tolerance[str(dtype).removeprefix("mlx.core.")]
     for a, b in zip(made, wanted, strict=True):
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             return f"{a.dtype} {a.shape} instead of {b.dtype} {b.shape}"

@@ -1,0 +1,250 @@
+"""The Triton attention backend: prefill and decode in place over the pages, in one call.
+
+Keys and values of a page's head are one piece of memory (layer, page, head, kv, token, dim). A plan
+becomes one array of integers; with `reserve` it lies at fixed addresses, and what a run launches
+depends on the reservation alone, so that a device graph can hold it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...common.errors import KernelError
+from ..interface import DeviceFacts
+from ..interface_attention import AttentionSpec
+from ..interface_kv import KVGroup, KVLayout
+from ..interface_step import StepBatch
+from ..torch_runtime.device import TorchDevice
+from ..torch_runtime.pools import TorchKVPool
+from . import tuning
+from .attention_kernels import attention_kernel, merge_kernel
+from .attention_plan import FIELDS, Room, TritonPlan, exact_room, pack, plan_step
+from .launch import heads_of
+from .paging import write_pages
+from .tuning import Tile, power_of_two
+
+DTYPES = ("float32", "float16", "bfloat16")
+LARGEST_DIM, LARGEST_GROUP = 256, 64
+LEAST_DEPTH = 16
+"""Of a product's inner dimension, on every matrix unit there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How one group's attention is cut on this device."""
+
+    narrow: Tile
+    wide: Tile
+    group: int  # query heads of a kv head
+
+    @property
+    def queries(self) -> tuple[int, int]:
+        """Most queries of a narrow and of a wide item."""
+        return self.narrow.block_m // self.group, self.wide.block_m // self.group
+
+
+class BoundPlan:
+    """A plan's array on the device, and room for partial results. `buffer` begins with what `Room`
+    has; its pages are the rest. Good for every layer of its group, until the next `bind` to it."""
+
+    def __init__(self, room: Room, buffer: Tensor, partial: Tensor, stats: Tensor) -> None:
+        self.room, self.buffer = room, buffer
+        self.partial, self.stats = partial, stats
+        narrow = room.tokens + room.narrow * FIELDS
+        self.slots = buffer[: room.tokens]
+        self.narrow = buffer[room.tokens : narrow]
+        self.wide = buffer[narrow : room.pages_at]
+        self.pages = buffer[room.pages_at :]
+
+    def fill(self, plan: TritonPlan) -> None:
+        """Raises KernelError when the plan does not fit."""
+        packed = torch.from_numpy(pack(plan, self.room))
+        if len(packed) > len(self.buffer):
+            places = len(self.buffer) - self.room.pages_at
+            raise KernelError(f"A step lists {len(plan.pages)} pages, its room has {places}.")
+        self.buffer[: len(packed)].copy_(packed)
+
+
+class TritonAttention:
+    """AttentionBackend for every device that Triton compiles for. `layout` must be called for a
+    group before `plan`, `reserve` or `bind`."""
+
+    name = "triton"
+
+    def __init__(self, device: TorchDevice) -> None:
+        self._device = device
+        self._tuning = tuning.choose(device.facts)
+        self._specs: dict[str, AttentionSpec] = {}
+        self._scratch = device.empty((0,), torch.float32)
+
+    def accepts(self, spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
+        return refusals(spec, facts)
+
+    def layout(self, group: KVGroup, spec: AttentionSpec, layers: int) -> KVLayout:
+        axes = ("layer", "page", "head", "kv", "token", "dim")
+        shape = (layers, group.pages, spec.kv_heads, 2, group.page_size, spec.head_dim)
+        self._specs[group.name] = spec
+        return KVLayout(axes, shape, spec.dtype)
+
+    def plan(self, batch: StepBatch, group: KVGroup) -> TritonPlan:
+        return plan_step(batch, group)
+
+    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int = 0) -> BoundPlan:
+        """Buffers for steps of at most so many rows and tokens, at addresses that stay. `longest`
+        is the most tokens of a row with its context; 0: as many as the group has pages for."""
+        room = Room.bucket(rows, tokens, *self._tiles(group).queries)
+        pages = group.pages
+        if longest:
+            pages = min(pages, -(-longest // group.page_size) + 1)
+        buffer = self._device.empty((room.pages_at + rows * pages,), torch.int32)
+        buffer.zero_()
+        return self._bound(group, room, buffer)
+
+    def bind(self, plan: TritonPlan, reserved: BoundPlan | None = None) -> BoundPlan:
+        """The plan on the device: in place in `reserved`, which is returned, or in a buffer of its
+        own. Raises KernelError when it does not fit."""
+        if reserved is not None:
+            reserved.fill(plan)
+            return reserved
+        room = exact_room(plan, *self._tiles(plan.group).queries)
+        return self._bound(plan.group, room, self._device.to_device(pack(plan, room)))
+
+    def run(
+        self,
+        bound: BoundPlan,
+        pool: TorchKVPool,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        data = pool.data[layer]  # (page, head, kv, token, dim)
+        keys, values = data.permute(2, 0, 3, 1, 4).unbind(0)
+        write_pages(self._tuning, keys, values, bound.slots, k, v)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        tiles, room = self._tiles(pool.group), bound.room
+        heads = heads_of(q)
+        if room.narrow:
+            splits = self._tuning.splits
+            self._attend(bound, bound.narrow, tiles.narrow, splits, data, heads, out, spec, sinks)
+            self._merge(bound, tiles.narrow, out, spec, sinks)
+        if room.wide:
+            self._attend(bound, bound.wide, tiles.wide, 1, data, heads, out, spec, sinks)
+        return out
+
+    def _attend(
+        self,
+        bound: BoundPlan,
+        items: Tensor,
+        tile: Tile,
+        splits: int,
+        data: Tensor,
+        q: Tensor,
+        out: Tensor,
+        spec: AttentionSpec,
+        sinks: Tensor | None,
+    ) -> None:
+        attention_kernel[(len(items) // FIELDS, spec.kv_heads, splits)](
+            q,
+            data,
+            out,
+            bound.partial,
+            bound.stats,
+            bound.stats if sinks is None else sinks,
+            items,
+            bound.pages,
+            spec.scale,
+            spec.soft_cap,
+            *q.stride()[:2],
+            HEADS=spec.heads,
+            KV_HEADS=spec.kv_heads,
+            DIM=spec.head_dim,
+            PAGE_SIZE=data.shape[3],
+            WINDOW=spec.window,
+            CAPPED=spec.soft_cap != 0,
+            SINKS=sinks is not None,
+            SPLITS=splits,
+            LEAST=self._tuning.least_blocks,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_D=_block_d(spec),
+            **tile.launch,
+        )
+
+    def _merge(
+        self, bound: BoundPlan, tile: Tile, out: Tensor, spec: AttentionSpec, sinks: Tensor | None
+    ) -> None:
+        block_d = _block_d(spec)
+        merge_kernel[(bound.room.narrow, spec.heads)](
+            out,
+            bound.partial,
+            bound.stats,
+            bound.stats if sinks is None else sinks,
+            bound.narrow,
+            HEADS=spec.heads,
+            DIM=spec.head_dim,
+            SINKS=sinks is not None,
+            SPLITS=self._tuning.splits,
+            LEAST=self._tuning.least_blocks,
+            BLOCK_N=tile.block_n,
+            BLOCK_D=block_d,
+            num_warps=self._tuning.warps(self._tuning.splits * block_d),
+        )
+
+    def _tiles(self, group: KVGroup) -> Tiles:
+        spec = self._specs[group.name]
+        narrow, wide = (_fitted(tile, spec, self._tuning.shared_bytes)
+                        for tile in (self._tuning.narrow, self._tuning.wide))  # fmt: skip
+        return Tiles(narrow, wide, spec.heads // spec.kv_heads)
+
+    def _bound(self, group: KVGroup, room: Room, buffer: Tensor) -> BoundPlan:
+        """Partial results live between two launches of one stream, so all plans share their memory.
+        A reservation keeps what it was given when more is taken later."""
+        spec = self._specs[group.name]
+        places = room.partial_tokens * spec.heads * self._tuning.splits
+        need = places * (spec.head_dim + 2)
+        if need > len(self._scratch):
+            self._scratch = self._device.empty((need,), torch.float32)
+        partial = self._scratch[: places * spec.head_dim]
+        return BoundPlan(room, buffer, partial, self._scratch[places * spec.head_dim :])
+
+
+def refusals(spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
+    """All reasons why the backend cannot serve `spec` on a device with these facts."""
+    reasons = []
+    if spec.heads % spec.kv_heads:
+        reasons.append(f"{spec.heads} heads do not divide among {spec.kv_heads} kv heads")
+    elif spec.heads // spec.kv_heads > LARGEST_GROUP:
+        group = spec.heads // spec.kv_heads
+        reasons.append(f"up to {LARGEST_GROUP} heads of a kv head, not {group}")
+    if spec.head_dim > LARGEST_DIM:
+        reasons.append(f"head sizes up to {LARGEST_DIM}, not {spec.head_dim}")
+    if spec.dtype not in DTYPES:
+        reasons.append(f"serves {', '.join(DTYPES)}, not {spec.dtype}")
+    elif spec.dtype not in facts.dtypes:
+        reasons.append(f"{facts.name} does not compute in {spec.dtype}")
+    if spec.stored_dtype != spec.dtype:
+        reasons.append(f"keeps keys and values in {spec.dtype}, not {spec.stored_dtype}")
+    return tuple(reasons)
+
+
+def _block_d(spec: AttentionSpec) -> int:
+    return max(LEAST_DEPTH, power_of_two(spec.head_dim))
+
+
+def _fitted(tile: Tile, spec: AttentionSpec, shared_bytes: int) -> Tile:
+    """The table's tile, with rows for all heads of a kv head, and fewer stages or keys where what
+    wide heads have of queries, keys and values would not fit the shared memory."""
+    width = _block_d(spec) * (4 if spec.dtype == "float32" else 2)
+    block_m = max(tile.block_m, power_of_two(spec.heads // spec.kv_heads))
+    block_n, stages = tile.block_n, tile.stages
+    while stages > 1 and width * (block_m + 2 * block_n * stages) > shared_bytes:
+        stages -= 1
+    while block_n > LEAST_DEPTH and width * (block_m + 2 * block_n * stages) > shared_bytes:
+        block_n //= 2
+    return Tile(block_m, block_n, tile.warps, stages)

@@ -1,0 +1,83 @@
+"""Adds the Triton kernels to a platform's registry. Importing this module imports no Triton: where
+there is none, that is the reason in the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ..interface import DeviceFacts
+from ..interface_kernels import Kernel, Problem
+from . import tuning
+from .refused import RefusedAttention, refused_kernel
+
+if TYPE_CHECKING:
+    from ...common.ops.registry import KernelRegistry
+    from ..torch_runtime.device import TorchDevice
+
+PRIORITY = 10
+"""Above the generic kernels, below what a platform has of its own."""
+
+OPS = {
+    "rms_norm": "norm",
+    "add_rms_norm": "norm",
+    "rope": "rope",
+    "qk_norm_rope": "rope",
+    "silu_mul": "pointwise",
+    "gelu_tanh_mul": "pointwise",
+    "embedding": "pointwise",
+    "kv_write": "paging",
+    "page_copy": "paging",
+    "page_digest": "paging",
+}
+"""Op -> the module that has its kernel."""
+
+PRODUCTS = frozenset({"linear", "moe"})
+"""Ops that multiply matrices in the dtype of their inputs."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+MOST_COLUMNS = 1 << 15
+"""Of a row that has to lie in one tile."""
+
+
+def missing() -> str | None:
+    return None if find_spec("triton") else "triton is not installed"
+
+
+def requires(facts: DeviceFacts, problem: Problem) -> str | None:
+    reason = missing() or tuning.refusal(facts)
+    if reason is not None:
+        return reason
+    if problem.weights:
+        return f"has no {problem.weights} weights"
+    if problem.dtype not in DTYPES:
+        return f"serves {', '.join(DTYPES)}, not {problem.dtype}"
+    if problem.dtype not in facts.dtypes:
+        return f"{facts.name} does not compute in {problem.dtype}"
+    width = problem.dims.get("width", 0)
+    if problem.op in ("rms_norm", "add_rms_norm") and width > MOST_COLUMNS:
+        return f"rows of up to {MOST_COLUMNS} columns, not {width}"
+    return None
+
+
+def register_triton(registry: KernelRegistry, device: TorchDevice) -> None:
+    """The kernels and the attention backend, for the facts of `device`; where it can have none they
+    are registered all the same, to be refused with the reason."""
+    reason = missing() or tuning.refusal(device.facts)
+    for op, module in OPS.items():
+        fn = partial(refused_kernel, reason) if reason else _bound(module, op, device.facts)
+        registry.add(Kernel(op, "triton", requires, fn, PRIORITY))
+    if reason:
+        registry.add_attention(RefusedAttention(reason), PRIORITY)
+    else:
+        backend = import_module(".attention", __package__).TritonAttention(device)
+        registry.add_attention(backend, PRIORITY)
+
+
+def _bound(module: str, op: str, facts: DeviceFacts) -> Callable[..., Any]:
+    fn = getattr(import_module(f".{module}", __package__), op)
+    return partial(fn, tuning.choose(facts))

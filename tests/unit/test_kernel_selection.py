@@ -1,0 +1,271 @@
+"""Guards which kernel and which attention backend the CUDA and ROCm platforms choose on recorded
+machines, with and without the libraries they know, and every reason why another was refused. What
+the user names is taken or refused, never replaced. Nothing runs: registration and `requires` only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.model_shapes import GEMMA_3_4B, LLAMA_8B, fewer
+from support.random_source import RandomSource
+from support.recorded_machines import load
+
+from sixfold.common.errors import KernelError
+from sixfold.common.ops.registry import KernelRegistry
+from sixfold.models.quantization import assign_schemes
+from sixfold.platforms import select
+from sixfold.platforms.cuda.kernels import register as register_cuda
+from sixfold.platforms.interface import Decision, DeviceFacts
+from sixfold.platforms.interface_attention import AttentionSpec
+from sixfold.platforms.interface_kernels import KernelTable, Problem
+from sixfold.platforms.rocm.kernels import register as register_rocm
+from sixfold.platforms.torch_runtime.executor import RUNTIME_OPS
+from sixfold.platforms.torch_runtime.interpreted import HostedDevice
+from sixfold.platforms.torch_runtime.kernels import register_generic
+from sixfold.platforms.triton_kernels import register as triton_register
+
+FLASHINFER = {"flashinfer-python": "0.7.2.post1"}
+AITER = {"amd-aiter": "0.1.7"}
+MODELS = {"llama": fewer(LLAMA_8B, 1), "gemma": fewer(GEMMA_3_4B, 6)}
+NO_TRITON = "triton is not installed"
+
+
+@pytest.fixture(autouse=True)
+def _triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether Triton is installed is a parameter of these tests, not of where they run. Its module
+    is not imported: what would be bound stands for itself."""
+    there = "without_triton" not in request.node.name
+    monkeypatch.setattr(triton_register, "missing", lambda: None if there else NO_TRITON)
+    monkeypatch.setattr(triton_register, "_bound", lambda module, op, facts: print)
+    monkeypatch.setattr(triton_register, "import_module", lambda *name: _Module)
+
+
+class _Module:
+    class TritonAttention:
+        """Its own refusals, without its kernels."""
+
+        name = "triton"
+
+        def __init__(self, device: Any) -> None:
+            pass
+
+        def accepts(self, spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
+            return () if spec.head_dim <= 256 else ("head sizes up to 256",)
+
+
+def facts_of(machine: str, libraries: dict[str, str] | None = None) -> DeviceFacts:
+    found = select.probe_all(load(machine)[0])
+    name = "cuda" if machine.startswith("nvidia") else "rocm"
+    facts = found[name].devices[0]
+    return replace(facts, libraries={**facts.libraries, **(libraries or {})})
+
+
+class Choices:
+    """What a platform chooses for a model of a shape, in bfloat16."""
+
+    def __init__(
+        self,
+        facts: DeviceFacts,
+        model: str = "llama",
+        chosen: dict[str, str] | None = None,
+        quantize: str = "",
+        strict: bool = False,
+        sinks: bool = False,
+    ) -> None:
+        registry, device = KernelRegistry(), HostedDevice(facts)
+        register_generic(registry, device)
+        register: Callable[..., None] = register_cuda if facts.kind == "cuda" else register_rocm
+        register(registry, device)
+        built = RandomSource(MODELS[model]).build(KernelTable({}, ()), torch.bfloat16, "")
+        assign_schemes(built, quantize, {})
+        layers = [module for module in built.modules() if hasattr(module, "problems")]
+        problems = [problem for layer in layers for problem in layer.problems()]
+        problems += [Problem(op, "bfloat16") for op in RUNTIME_OPS]
+        self.table = registry.resolve(problems, facts, chosen or {}, strict)
+        specs = [replace(spec, sinks=sinks) for spec in built.attention_specs()]
+        wanted = (chosen or {}).get("attention")
+        backend, attention = registry.resolve_attention(specs, facts, wanted, strict)
+        self.decisions = {d.what: d for d in [*self.table.decisions, attention]}
+        self.attention = backend.name
+
+    def of(self, op: str) -> Decision:
+        return self.decisions[f"kernel {op}"]
+
+    def provider(self, *ops: str) -> set[str]:
+        return {self.of(op).chosen for op in ops}
+
+
+PORTABLE = ("rope", "silu_mul", "embedding", "kv_write", "page_copy")
+MACHINES = ("nvidia_h100", "nvidia_b200", "amd_mi300x", "amd_mi355x", "amd_radeon_gfx1100")
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_triton_serves_every_machine_without_libraries(machine: str) -> None:
+    choices = Choices(facts_of(machine))
+    assert choices.attention == "triton"
+    assert choices.provider(*PORTABLE, "rms_norm", "add_rms_norm") == {"triton"}
+    assert choices.provider("sample", "logprobs") == {"generic"}
+    gemma = Choices(facts_of(machine), "gemma")
+    assert gemma.attention == "triton"
+    assert gemma.provider("rms_norm", "qk_norm_rope", "gelu_tanh_mul") == {"triton"}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_generic_kernels_serve_every_machine_without_triton(machine: str) -> None:
+    choices = Choices(facts_of(machine))
+    assert choices.attention == "sdpa"
+    assert choices.provider(*PORTABLE, "rms_norm", "add_rms_norm") == {"generic"}
+    for op in PORTABLE:
+        assert ("triton", NO_TRITON) in choices.of(op).rejected
+        assert choices.of(op).fallback
+    with pytest.raises(KernelError, match=f"Strict mode refuses .*{NO_TRITON}"):
+        Choices(facts_of(machine), strict=True)
+
+
+@pytest.mark.parametrize("machine", ["nvidia_h100", "nvidia_b200"])
+@pytest.mark.parametrize("model", MODELS)
+def test_flashinfer_attends_where_it_is_installed(machine: str, model: str) -> None:
+    choices = Choices(facts_of(machine, FLASHINFER), model)
+    assert choices.attention == "flashinfer"
+    assert not choices.of("attention").fallback
+    assert ("sdpa", "lower priority than flashinfer") in choices.of("attention").rejected
+    assert choices.provider("rms_norm") == {"triton"}
+
+
+FLASHINFER_REFUSALS = [
+    ({"libraries": {}}, {}, "flashinfer-python is not installed"),
+    ({"libraries": {"flashinfer-python": "0.6.9"}}, {}, "written for .* 0.7, not 0.6.9"),
+    ({"libraries": {"flashinfer-python": "0.8.0"}}, {}, "written for .* 0.7, not 0.8.0"),
+    ({"arch": (7, 5)}, {}, "needs compute capability 8.0, NVIDIA H100 80GB HBM3 has 7.5"),
+    ({"arch": ()}, {}, "has unknown"),
+    ({}, {"head_dim": 80}, "head sizes 64, 128, 256, not 80"),
+    ({}, {"heads": 9, "kv_heads": 4}, "9 heads do not divide among 4"),
+    ({}, {"dtype": "float32"}, "serves bfloat16 and float16, not float32"),
+    ({}, {"kv_dtype": "int8"}, "keeps keys and values in bfloat16, not int8"),
+    ({}, {"sinks": True}, "attention sinks are not served"),
+]
+
+
+@pytest.mark.parametrize(("facts", "spec", "reason"), FLASHINFER_REFUSALS)
+def test_flashinfer_says_why_not(facts: Any, spec: Any, reason: str) -> None:
+    from sixfold.platforms.cuda.flashinfer_attention import refusals
+
+    here = replace(facts_of("nvidia_h100", FLASHINFER), **facts)
+    asked = AttentionSpec(**{"heads": 32, "kv_heads": 8, "head_dim": 128, "scale": 1.0,
+                             "dtype": "bfloat16", **spec})  # fmt: skip
+    (said,) = refusals(asked, here)
+    assert re.search(reason, said), said
+
+
+def test_a_model_with_sinks_goes_to_triton_with_the_reason() -> None:
+    choices = Choices(facts_of("nvidia_h100", FLASHINFER), sinks=True)
+    assert choices.attention == "triton"
+    assert "sinks" in dict(choices.of("attention").rejected)["flashinfer"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "named", "reason"),
+    [
+        ("nvidia_h100", {"attention": "flashinfer"}, "flashinfer-python is not installed"),
+        ("nvidia_h100", {"attention": "aiter"}, "there are: flashinfer, triton, sdpa"),
+        ("amd_mi300x", {"attention": "aiter"}, "amd-aiter is not installed"),
+        ("amd_mi300x", {"rms_norm": "aiter"}, "amd-aiter is not installed"),
+        ("amd_radeon_gfx1100", {"attention": "aiter"}, "its kernels are for gfx942 and gfx950"),
+    ],
+)
+def test_what_is_named_is_refused_with_the_reason(
+    machine: str, named: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(KernelError, match=reason):
+        Choices(facts_of(machine), chosen=named)
+
+
+def test_what_is_named_is_taken() -> None:
+    facts = facts_of("nvidia_h100", FLASHINFER)
+    assert Choices(facts, chosen={"attention": "sdpa"}).attention == "sdpa"
+    assert Choices(facts, chosen={"rope": "generic"}).provider("rope") == {"generic"}
+
+
+@pytest.mark.parametrize("machine", ["amd_mi300x", "amd_mi355x"])
+def test_aiter_serves_what_it_is_for(machine: str) -> None:
+    facts = facts_of(machine, AITER)
+    llama, gemma = Choices(facts), Choices(facts, "gemma")
+    assert llama.attention == gemma.attention == "aiter"
+    assert llama.provider("rms_norm", "add_rms_norm") == {"aiter"}
+    assert llama.provider(*PORTABLE) == {"triton"}
+    assert gemma.provider("rms_norm", "add_rms_norm") == {"triton"}, "its weights are float32"
+    assert "this model's are float32" in dict(gemma.of("rms_norm").rejected)["aiter"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "libraries", "reason"),
+    [
+        ((11, 0, 0), AITER, "its kernels are for gfx942 and gfx950"),
+        ((12, 0, 1), AITER, "ROCm/aiter#4302"),
+        ((9, 0, 10), AITER, "ROCm/aiter#2021"),
+        ((9, 4, 2), {"amd-aiter": "0.1.5"}, "needs amd-aiter 0.1.7, there is 0.1.5"),
+    ],
+)
+def test_aiter_says_why_not(arch: Any, libraries: dict[str, str], reason: str) -> None:
+    facts = replace(facts_of("amd_mi300x", libraries), arch=arch)
+    choices = Choices(facts)
+    for op in ("attention", "rms_norm"):
+        assert reason in dict(choices.of(op).rejected)["aiter"]
+        assert choices.of(op).chosen == "triton"
+
+
+# ---- eight-bit floats
+
+
+@pytest.mark.parametrize("machine", ["nvidia_h100", "nvidia_b200", "amd_mi300x", "amd_mi355x"])
+def test_fp8_products_have_a_kernel(machine: str) -> None:
+    facts = facts_of(machine)
+    choices = Choices(facts, quantize="fp8")
+    assert choices.provider("linear") == {"scaled_mm"}
+    prepare = choices.table.kernels["linear"].prepare
+    assert prepare is not None
+    problem = Problem("linear", "bfloat16", {"k": 32, "n": 16}, "fp8")
+    wanted = torch.float8_e4m3fnuz if machine == "amd_mi300x" else torch.float8_e4m3fn
+    assert prepare(torch.ones(16, 32), problem).weight.dtype == wanted
+
+
+@pytest.mark.parametrize(
+    ("machine", "change", "reason"),
+    [
+        ("nvidia_h100", {"arch": (8, 9)}, "need compute capability 9.0"),
+        ("nvidia_h100", {"arch": (8, 0), "fp8": "none"}, "has no units for eight-bit floats"),
+        ("amd_radeon_gfx1100", {}, "has no units for eight-bit floats"),
+        ("amd_mi300x", {"arch": (12, 0, 1), "fp8": "ocp"}, "scales by row are for gfx942"),
+    ],
+)
+def test_fp8_is_refused_with_the_reason(machine: str, change: Any, reason: str) -> None:
+    with pytest.raises(KernelError, match=reason):
+        Choices(replace(facts_of(machine), **change), quantize="fp8")
+
+
+def test_an_odd_side_is_refused() -> None:
+    facts = facts_of("nvidia_h100")
+    kernel = Choices(facts, quantize="fp8").table.kernels["linear"]
+    problem = Problem("linear", "bfloat16", {"k": 4096, "n": 1000}, "fp8")
+    assert kernel.requires(facts, problem) == "n must be a multiple of 16, not 1000"
+
+
+@pytest.mark.parametrize(
+    ("machine", "facts"),
+    [
+        ("nvidia_h100", {"fp8": "ocp", "lane_width": 32, "graphs": "stream"}),
+        ("amd_mi300x", {"fp8": "fnuz", "lane_width": 64, "graphs": "stream"}),
+        ("amd_mi355x", {"fp8": "ocp", "lane_width": 64, "graphs": "stream"}),
+        ("amd_radeon_gfx1100", {"fp8": "none", "lane_width": 32, "graphs": "stream"}),
+    ],
+)
+def test_facts_that_kernels_ask_for(machine: str, facts: dict[str, Any]) -> None:
+    known = facts_of(machine)
+    assert {name: getattr(known, name) for name in facts} == facts
+    assert known.libraries["torch"].startswith("2.13.0")

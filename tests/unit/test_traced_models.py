@@ -1,0 +1,215 @@
+"""Guards every model on devices that are not here: traced on fake tensors of the device through
+prefill, decode and mixed steps, all is on the device and nothing is read back in the forward; the
+same in the buckets that a device graph captures. Evidence of the kind "traced": no values.
+
+While tracing, kernels that torch cannot see into compute as the generic kernel of their op; `moe`
+and the attention of a library or of Triton are shape functions (`support/fake_device.py`). Their
+selection, their plans and their buffers are the platform's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from support.fake_device import FakeExecutor, HostRead, Opaque
+from support.graph_stand_in import StandInGraphs
+from support.library_stand_ins import install
+from support.random_source import RandomSource
+from support.recorded_machines import load
+from support.tiny_models import TINY
+from support.tiny_torch_model import Driver
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from sixfold.platforms import select
+from sixfold.platforms.interface import EngineSpec
+from sixfold.platforms.interface_kernels import Kernel
+from sixfold.platforms.interface_step import LAST_TOKEN
+
+OPAQUE = frozenset({"triton", "flashinfer", "aiter", "shape"})
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A platform on a recorded machine, with libraries that the record may not have."""
+
+    platform: str
+    machine: str
+    libraries: dict[str, str]
+
+    def __str__(self) -> str:
+        return "-".join([self.machine, *self.libraries])
+
+    def executor(self, config: dict[str, Any], graphs: bool = False, **fields: Any) -> FakeExecutor:
+        facts = select.probe_all(load(self.machine)[0])[self.platform].devices[0]
+        facts = replace(facts, libraries={**facts.libraries, **self.libraries})
+        device, register = self._parts(facts)
+        spec = EngineSpec("", max_rows=8, page_size=16, cache_tokens=512, max_context=64, **fields)
+        stand_in = StandInGraphs(captures=False, device="cuda:0") if graphs else None
+        return FakeExecutor(device, register, RandomSource(config), spec, stand_in)
+
+    def _parts(self, facts: Any) -> tuple[Any, Callable[[Any], None]]:
+        if self.platform == "cuda":
+            from sixfold.platforms.cuda.device import CUDADevice as Device
+            from sixfold.platforms.cuda.kernels import register
+        else:
+            from sixfold.platforms.rocm.device import ROCmDevice as Device  # type: ignore[assignment]
+            from sixfold.platforms.rocm.kernels import register  # type: ignore[assignment]
+        device = Device(facts, "cuda:0")
+
+        def opaque(registry: Any) -> None:
+            seen = Opaque(registry, OPAQUE)
+            register(seen, device)  # type: ignore[arg-type]
+            seen.add(Kernel("moe", "shape", lambda facts, problem: None, print, priority=1))
+
+        return device, opaque
+
+
+TARGETS = (
+    Target("cuda", "nvidia_h100", {}),
+    Target("cuda", "nvidia_b200", {"flashinfer-python": "0.7.2.post1"}),
+    Target("rocm", "amd_mi300x", {}),
+    Target("rocm", "amd_mi355x", {"amd-aiter": "0.1.7"}),
+)
+"""Between them: attention by Triton, FlashInfer and aiter."""
+
+
+@pytest.fixture(autouse=True)
+def _libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+
+
+def config(name: str) -> dict[str, Any]:
+    """Two layers, one of each kind, with heads that libraries take."""
+    types = ["sliding_attention", "full_attention"]
+    kinds = {"layer_types": types, "head_dim": 256} if name == "gemma3" else {"head_dim": 64}
+    return {**TINY[name].config().to_dict(), "num_hidden_layers": 2, **kinds}
+
+
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 1.0, "repetition_penalty": 1.2, "presence_penalty": 0.5},
+]
+
+
+def steps(made: FakeExecutor) -> int:
+    """Prefill, decode, mixed with every kind of sampling, decode of fewer rows. How many ran."""
+    driver = Driver(made.info)
+    batches = [
+        ([(0, [1, 2, 3]), (1, [4] * 20)], None),
+        ([(0, [LAST_TOKEN]), (1, [LAST_TOKEN])], None),
+        ([(0, [LAST_TOKEN]), (1, [LAST_TOKEN]), (2, [5, 6, 7])], SAMPLING),
+        ([(2, [LAST_TOKEN]), (0, [LAST_TOKEN]), (1, [LAST_TOKEN])], None),
+    ]
+    for rows, params in batches:
+        made.run(driver.batch(rows, params=params))
+    return len(batches)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_model_stays_on_the_device(target: Target, family: str) -> None:
+    made = target.executor(config(family))
+    assert steps(made) == 4
+    devices = {p.device for p in [*made.model.parameters(), *made.model.buffers()]}
+    assert devices == {torch.device("cuda:0")}
+    assert {d.what: d for d in made.info.decisions}["dtype"].chosen == "bfloat16"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_decode_steps_in_buckets_stay_on_the_device(target: Target) -> None:
+    made = target.executor(config("gemma3"), graphs=True)
+    assert {d.what: d for d in made.info.decisions}["step"].chosen == "in buckets"
+    assert steps(made) == 4
+
+
+@pytest.mark.parametrize("target", [TARGETS[0], TARGETS[2]], ids=str)
+def test_eight_bit_weights_stay_on_the_device(target: Target) -> None:
+    made = target.executor(config("llama"), quantize="fp8")
+    chosen = {d.what: d.chosen for d in made.info.decisions}
+    assert (chosen["weights"], chosen["kernel linear"]) == ("fp8", "scaled_mm")
+    assert steps(made) == 4
+
+
+# ---- faults
+
+
+def _host_tensor(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.ones(x.shape[-1])
+
+
+def _reads_item(x: torch.Tensor) -> torch.Tensor:
+    return x * float(x.abs().max().item() >= 0)
+
+
+def _reads_cpu(x: torch.Tensor) -> torch.Tensor:
+    return x + x.cpu().sum().to(x.device)
+
+
+def _moves(x: torch.Tensor) -> torch.Tensor:
+    return x.to("cpu", torch.float32).to(x.device, x.dtype)
+
+
+def _host_index(x: torch.Tensor) -> torch.Tensor:
+    return x.index_select(0, torch.arange(len(x)))
+
+
+def _size_from_values(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.nonzero(x)[:1, :1]
+
+
+FAULTS: list[tuple[Callable[[torch.Tensor], torch.Tensor], Any, str]] = [
+    (_host_tensor, RuntimeError, "at least two devices"),
+    (_host_index, RuntimeError, "at least two devices"),
+    (_reads_item, HostRead, "Tensor.item"),
+    (_reads_cpu, HostRead, "Tensor.cpu"),
+    (_moves, HostRead, "moves a tensor from cuda:0 to cpu"),
+    (_size_from_values, DynamicOutputShapeException, "nonzero"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "text"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS]
+)
+def test_a_fault_in_the_forward_is_caught(fault: Any, error: Any, text: str) -> None:
+    made = TARGETS[0].executor(config("llama"))
+    norm = made.model.model.norm
+    add = norm.add
+
+    def faulty(x: torch.Tensor, residual: Any) -> Any:
+        normed, total = add(x, residual)
+        return fault(normed), total
+
+    norm.add = faulty
+    with pytest.raises(error, match=text):
+        steps(made)
+
+
+def test_a_read_below_python_is_caught() -> None:
+    """Where no Python function is called, torch itself refuses: the value does not exist."""
+    made = TARGETS[0].executor(config("llama"))
+    mlp = made.model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x) * torch.ops.aten._local_scalar_dense(x[0, 0])
+    with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
+        steps(made)
+
+
+def test_a_plan_left_on_the_host_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = TARGETS[0].executor(config("llama"))
+    program = made.program
+    bind = program.bind
+
+    def on_the_host(*args: Any) -> Any:
+        bound = bind(*args)
+        bound[0].slots = torch.zeros(3, dtype=torch.int32)
+        return bound
+
+    monkeypatch.setattr(program, "bind", on_the_host)
+    with pytest.raises(RuntimeError, match="attention gets a tensor on cpu, not cuda:0"):
+        steps(made)
