@@ -3,7 +3,8 @@ per-head norm of q and k."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -103,6 +104,11 @@ def qk_norm_rope_cases(rng: np.random.Generator) -> Iterable[Case]:
         )
 
 
+def head_dims(args: Mapping[str, Any]) -> dict[str, int]:
+    _, heads, dim = args["q"].shape
+    return {"heads": heads, "kv_heads": args["k"].shape[1], "head_dim": dim}
+
+
 OPS = (
     Op(
         "rope_angles",
@@ -110,8 +116,9 @@ OPS = (
         rope_angles_cases,
         dict.fromkeys(POINTWISE, POINTWISE["float32"]),
         float32=frozenset({"inverse"}),
+        dims=lambda args: {"half": len(args["inverse"])},
     ),
-    Op("rope", rope, rope_cases, TOLERANCE, float32=ANGLES),
+    Op("rope", rope, rope_cases, TOLERANCE, float32=ANGLES, dims=head_dims),
     Op(
         "qk_norm_rope",
         qk_norm_rope,
@@ -119,5 +126,6 @@ OPS = (
         TOLERANCE,
         parts=("rms_norm", "rope"),
         float32=ANGLES,
+        dims=head_dims,
     ),
 )
