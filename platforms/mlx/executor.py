@@ -6,11 +6,6 @@ from another. So loading, building steps and reading results all happen on one w
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
-
 import mlx.core as mx
 
 from ...common.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +13,7 @@ from ...common.decisions import DecisionLog
 from ...common.errors import ConfigError, OutOfMemory
 from ...common.ops.registry import KernelRegistry
 from ..cache_plan import CachePlan, CachePlanner, GroupNeed, gib, group_needs
+from ..device_thread import DeviceThread
 from ..interface import (
     DeviceFacts,
     EngineSpec,
@@ -42,7 +38,6 @@ from .runner import CacheGroup, MLXRunner, Started
 OPS = ("sample", "logprobs")
 KINDS = frozenset({KVKind.FULL, KVKind.WINDOW, KVKind.RECURRENT})
 CACHE_SHARE = 4
-T = TypeVar("T")
 
 
 class MLXExecutor:
@@ -53,48 +48,32 @@ class MLXExecutor:
         self._spec = spec
         self._facts = facts
         self._os_version = os_version
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="sixfold-device")
-        self._pending: deque[Future[Started]] = deque()
+        self._thread: DeviceThread[Started] = DeviceThread()
         self._runner: MLXRunner | None = None
-        self._failure: BaseException | None = None
-        self._closed = False
         self.pools: dict[str, MLXPages] = {}
 
     def load(self, progress: LoadProgress | None = None) -> ExecutorInfo:
         """Raises CheckpointError, KernelError, ConfigError, or OutOfMemory with numbers."""
-        return self._on_worker(lambda: self._load(progress))
+        return self._thread.run(self._load, progress)
 
     def submit(self, batch: StepBatch) -> None:
         if self._runner is None:
             raise RuntimeError("submit needs an executor that is loaded and not closed")
-        self._pending.append(self._worker.submit(self._runner.start, batch))
+        self._thread.start(self._runner.start, batch)
 
     def collect(self) -> StepResult:
-        if not self._pending or self._runner is None:
-            raise RuntimeError("no step is pending")
-        runner, started = self._runner, self._pending.popleft()
-        try:
-            return self._on_worker(lambda: runner.finish(started.result()))
-        except BaseException as error:
-            self._failure = error
-            raise
+        return self._thread.take(lambda started: self._thread.run(self._finish, started))
 
     def health(self) -> Support:
-        if self._closed:
-            return Support(Status.NO, "the executor is closed")
-        if self._failure is not None:
-            return Support(Status.NO, f"a step failed: {self._failure!r}")
-        if self._runner is None:
-            return Support(Status.NO, "no model is loaded")
-        return Support(Status.YES, "steps run")
+        return self._thread.health(self._runner is not None)
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._worker.submit(self._release)
-        self._worker.shutdown(wait=True)
-        self._pending.clear()
+        self._thread.close(self._release)
+
+    def _finish(self, started: Started) -> StepResult:
+        if self._runner is None:
+            raise RuntimeError("the executor was closed")
+        return self._runner.finish(started)
 
     def _release(self) -> None:
         """On the worker: what is in flight must end where it began."""
@@ -104,9 +83,6 @@ class MLXExecutor:
         mx.clear_cache()
         # A stream's own thread that outlives the worker aborts the process when it exits.
         mx.clear_streams()
-
-    def _on_worker(self, work: Callable[[], T]) -> T:
-        return self._worker.submit(work).result()
 
     def _load(self, progress: LoadProgress | None) -> ExecutorInfo:
         spec = self._spec

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from ...common.decisions import DecisionLog
@@ -14,7 +12,8 @@ from ...models.base import Model
 from ...models.quantization import FLOATS, has_quantised
 from ...models.quantization import weight_bytes as bytes_of_weights
 from ..cache_plan import CachePlan, CachePlanner, GroupNeed, gib, group_needs
-from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Status, Support
+from ..device_thread import DeviceThread
+from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Support
 from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable, Problem
 from ..interface_step import StepBatch, StepResult
@@ -66,47 +65,30 @@ class TorchExecutor:
         self._device = device
         self._register = register
         self._open = source
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="sixfold-device")
-        self._pending: deque[Future[StepResult]] = deque()
+        self._thread: DeviceThread[StepResult] = DeviceThread()
         self._runner: ModelRunner | None = None
-        self._failure: BaseException | None = None
-        self._closed = False
         self.pools: dict[str, TorchKVPool] = {}
 
     def load(self, progress: LoadProgress | None = None) -> ExecutorInfo:
         """Raises CheckpointError, KernelError, ConfigError, or OutOfMemory with numbers."""
         self._device.prepare()
-        return self._worker.submit(self._load, progress).result()
+        return self._thread.run(self._load, progress)
 
     def submit(self, batch: StepBatch) -> None:
         if self._runner is None:
             raise RuntimeError("submit needs an executor that is loaded and not closed")
-        self._pending.append(self._worker.submit(self._runner.run, batch))
+        self._thread.start(self._runner.run, batch)
 
     def collect(self) -> StepResult:
-        if not self._pending:
-            raise RuntimeError("no step is pending")
-        try:
-            return self._pending.popleft().result()
-        except BaseException as error:
-            self._failure = error
-            raise
+        return self._thread.take(lambda result: result)
 
     def health(self) -> Support:
-        if self._closed:
-            return Support(Status.NO, "the executor is closed")
-        if self._failure is not None:
-            return Support(Status.NO, f"a step failed: {self._failure!r}")
-        if self._runner is None:
-            return Support(Status.NO, "no model is loaded")
-        return Support(Status.YES, "steps run")
+        return self._thread.health(self._runner is not None)
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._worker.shutdown(wait=True, cancel_futures=True)
-        self._pending.clear()
+        self._thread.close(self._release)
+
+    def _release(self) -> None:
         self._runner = None
         self.pools.clear()
 
