@@ -19,7 +19,7 @@ from ..torch_runtime.sampler import sample as generic_sample
 from .paging import mix32
 from .tuning import Tuning
 
-BLOCK = 4096
+BLOCK = 2048
 
 
 @triton.jit
