@@ -63,10 +63,12 @@ def test_it_fires_on_a_real_jump_in_registers(compiled: Cut, target: str) -> Non
     assert "rms_norm_kernel (rms_norm 4096): registers" in complaints(found, target)
 
 
-def test_more_shared_memory_than_the_part_has_is_an_error(compiled: Cut) -> None:
-    tile = Tile(block_m=128, block_n=128, warps=8, stages=4)
+def test_more_shared_memory_than_the_part_has_is_an_error(
+    compiled: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TARGETS, "sm_80", replace(TARGETS["sm_80"], shared=1 << 14))
     with pytest.raises(OutOfResources, match="shared memory"):
-        compiled("sm_80", "attention 128", wide=tile, keys_bytes=1 << 20, shared_bytes=1 << 20)
+        compiled("sm_80", "attention 128")
 
 
 GOOD = Resources("k", 40, 0, 0, 1024, 8, "v_mfma", 1.0)
