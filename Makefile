@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint ci/constraints.txt
 
-.PHONY: serve test interpret lint types laws bench clean
+.PHONY: serve test interpret compiled lint types laws bench clean
 
 # Serve a model (MODEL=..., empty = the bundled demo) on what this machine has; ARGS=... adds flags.
 serve: $(VENV)/.ready-serve
@@ -16,6 +16,11 @@ test: $(VENV)/.ready-test
 # Triton's interpreter is a mode of a whole process: these tests have one of their own.
 interpret: $(VENV)/.ready-test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret $(ARGS)
+
+# Every Triton kernel compiled for GPUs that are not here, against the recorded needs of each.
+compiled: $(VENV)/.ready-test
+	$(BIN)/python -m pytest tests/compile
+	$(BIN)/python ci/compile_table.py --check $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -18,15 +18,14 @@ from ..interface_attention import AttentionSpec
 from ..interface_kv import KVGroup, KVLayout
 from ..interface_step import StepBatch
 from ..torch_runtime.device import TorchDevice
+from ..torch_runtime.dtypes import DTYPES
 from ..torch_runtime.pools import TorchKVPool
-from . import tuning
 from .attention_kernels import attention_kernel, merge_kernel
 from .attention_plan import FIELDS, Room, TritonPlan, exact_room, pack, plan_step
 from .launch import heads_of
 from .paging import write_pages
-from .tuning import Tile, power_of_two
+from .tuning import Tile, Tuning, choose, power_of_two, refusal
 
-DTYPES = ("float32", "float16", "bfloat16")
 LARGEST_DIM, LARGEST_GROUP = 256, 64
 LEAST_DEPTH = 16
 """Of a product's inner dimension, on every matrix unit there is."""
@@ -76,7 +75,7 @@ class TritonAttention:
 
     def __init__(self, device: TorchDevice) -> None:
         self._device = device
-        self._tuning = tuning.choose(device.facts)
+        self._tuning = choose(device.facts)
         self._specs: dict[str, AttentionSpec] = {}
         self._scratch = device.empty((0,), torch.float32)
 
@@ -198,8 +197,11 @@ class TritonAttention:
 
     def _tiles(self, group: KVGroup) -> Tiles:
         spec = self._specs[group.name]
-        narrow, wide = (_fitted(tile, spec, self._tuning.shared_bytes)
-                        for tile in (self._tuning.narrow, self._tuning.wide))  # fmt: skip
+        cut = self._tuning
+        tiles = (cut.narrow, cut.wide)
+        if spec.dtype == "float32":
+            tiles = (cut.narrow_float32, cut.wide_float32)
+        narrow, wide = (_fitted(tile, spec, cut) for tile in tiles)
         return Tiles(narrow, wide, spec.heads // spec.kv_heads)
 
     def _bound(self, group: KVGroup, room: Room, buffer: Tensor) -> BoundPlan:
@@ -216,7 +218,8 @@ class TritonAttention:
 
 def refusals(spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
     """All reasons why the backend cannot serve `spec` on a device with these facts."""
-    reasons = []
+    device = refusal(facts)
+    reasons = [device] if device else []
     if spec.heads % spec.kv_heads:
         reasons.append(f"{spec.heads} heads do not divide among {spec.kv_heads} kv heads")
     elif spec.heads // spec.kv_heads > LARGEST_GROUP:
@@ -224,6 +227,9 @@ def refusals(spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
         reasons.append(f"up to {LARGEST_GROUP} heads of a kv head, not {group}")
     if spec.head_dim > LARGEST_DIM:
         reasons.append(f"head sizes up to {LARGEST_DIM}, not {spec.head_dim}")
+    elif spec.dtype == "float32" and not device and spec.head_dim > choose(facts).float32_dim:
+        widest = choose(facts).float32_dim
+        reasons.append(f"head sizes up to {widest} in float32, not {spec.head_dim}")
     if spec.dtype not in DTYPES:
         reasons.append(f"serves {', '.join(DTYPES)}, not {spec.dtype}")
     elif spec.dtype not in facts.dtypes:
@@ -237,14 +243,15 @@ def _block_d(spec: AttentionSpec) -> int:
     return max(LEAST_DEPTH, power_of_two(spec.head_dim))
 
 
-def _fitted(tile: Tile, spec: AttentionSpec, shared_bytes: int) -> Tile:
-    """The table's tile, with rows for all heads of a kv head, and fewer stages or keys where what
-    wide heads have of queries, keys and values would not fit the shared memory."""
-    width = _block_d(spec) * (4 if spec.dtype == "float32" else 2)
-    block_m = max(tile.block_m, power_of_two(spec.heads // spec.kv_heads))
-    block_n, stages = tile.block_n, tile.stages
-    while stages > 1 and width * (block_m + 2 * block_n * stages) > shared_bytes:
+def _fitted(tile: Tile, spec: AttentionSpec, tuning: Tuning) -> Tile:
+    """The table's tile: fewer keys and queries where heads are wide, and fewer stages where they
+    would not fit the shared memory; but rows for all heads of a kv head."""
+    block_d, itemsize = _block_d(spec), DTYPES[spec.dtype].itemsize
+    group = power_of_two(spec.heads // spec.kv_heads)
+    block_n = min(tile.block_n, max(LEAST_DEPTH, tuning.keys_bytes // (block_d * itemsize)))
+    block_m = min(tile.block_m, max(LEAST_DEPTH, tuning.sums_bytes // (block_d * 4)))
+    block_m, stages = max(block_m, group), tile.stages
+    each = block_d * itemsize
+    while stages > 1 and each * (block_m + 2 * block_n * stages) > tuning.shared_bytes:
         stages -= 1
-    while block_n > LEAST_DEPTH and width * (block_m + 2 * block_n * stages) > shared_bytes:
-        block_n //= 2
     return Tile(block_m, block_n, tile.warps, stages)

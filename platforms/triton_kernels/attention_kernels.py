@@ -46,6 +46,18 @@ def finish(best, total, acc, sink):
 
 
 @triton.jit
+def load_rows(at, there, column, DIM: tl.constexpr, FULL: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(N, BLOCK_D) of DIM columns, zero where there is none: with no more of a mask than is needed,
+    for on 64 lanes every element's mask is two scalar registers."""
+    if DIM != BLOCK_D:
+        return tl.load(at, mask=there[:, None] & (column < DIM)[None, :], other=0.0)
+    elif FULL:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=there[:, None], other=0.0)
+
+
+@triton.jit
 def attend_block(
     q,
     best,
@@ -64,31 +76,38 @@ def attend_block(
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys start .. start + BLOCK_N - 1 join. Slots that no query sees are not read."""
+    """Keys start .. start + BLOCK_N - 1 join; FULL: every query sees them all. Slots that no query
+    sees are not read."""
     key = start + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
-    there = (key >= first) & (key < end)
-    page = tl.load(pages_ptr + key // PAGE_SIZE, mask=there, other=0).to(tl.int64)
+    if FULL:
+        there = tl.full((BLOCK_N,), 1, tl.int1)
+        page = tl.load(pages_ptr + key // PAGE_SIZE).to(tl.int64)
+    else:
+        there = (key >= first) & (key < end)
+        page = tl.load(pages_ptr + key // PAGE_SIZE, mask=there, other=0).to(tl.int64)
     at = page * page_stride + key % PAGE_SIZE * DIM
     at = at[:, None] + column[None, :]
-    inside = there[:, None] & (column < DIM)[None, :]
-    k = tl.load(kv_ptr + at, mask=inside, other=0.0)
+    k = load_rows(kv_ptr + at, there, column, DIM, FULL, BLOCK_D)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if CAPPED:
         # tanh by the logistic function, twice as steep.
         logits = soft_cap * (2.0 * tl.sigmoid(2.0 * logits / soft_cap) - 1.0)
-    seen = there[None, :] & (key[None, :] <= place[:, None])
-    if WINDOW:
-        seen &= key[None, :] > place[:, None] - WINDOW
-    logits = tl.where(seen, logits * LOG2E, float("-inf"))
+    logits *= LOG2E
+    if not FULL:
+        seen = there[None, :] & (key[None, :] <= place[:, None])
+        if WINDOW:
+            seen &= key[None, :] > place[:, None] - WINDOW
+        logits = tl.where(seen, logits, float("-inf"))
     most = tl.maximum(best, tl.max(logits, axis=1))
     weights = tl.exp2(logits - most[:, None])
     kept = tl.exp2(best - most)
     total = total * kept + tl.sum(weights, axis=1)
-    v = tl.load(kv_ptr + PAGE_SIZE * DIM + at, mask=inside, other=0.0)
+    v = load_rows(kv_ptr + PAGE_SIZE * DIM + at, there, column, DIM, FULL, BLOCK_D)
     acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
     return most, total, acc
 
@@ -146,10 +165,19 @@ def attention_kernel(
     page_stride = KV_HEADS * 2 * PAGE_SIZE * DIM
     kv_ptr += kv_head * 2 * PAGE_SIZE * DIM
     pages_ptr += tl.load(item + PAGES)
-    for start in range(begin, tl.minimum(end, begin + each * BLOCK_N), BLOCK_N):
+    stop = tl.minimum(end, begin + each * BLOCK_N)
+    if not WINDOW:
+        full = tl.minimum(stop, (tl.load(item + POSITION) + 1) // BLOCK_N * BLOCK_N)
+        for start in range(begin, full, BLOCK_N):
+            best, total, acc = attend_block(
+                q, best, total, acc, kv_ptr, pages_ptr, start, first, end, place, scale, soft_cap,
+                page_stride, DIM, PAGE_SIZE, WINDOW, CAPPED, True, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        begin = tl.maximum(begin, full)
+    for start in range(begin, stop, BLOCK_N):
         best, total, acc = attend_block(
             q, best, total, acc, kv_ptr, pages_ptr, start, first, end, place, scale, soft_cap,
-            page_stride, DIM, PAGE_SIZE, WINDOW, CAPPED, BLOCK_N, BLOCK_D,
+            page_stride, DIM, PAGE_SIZE, WINDOW, CAPPED, False, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     if (SPLITS == 1) | (parts <= 1):
         sink = tl.full((BLOCK_M,), float("-inf"), tl.float32)

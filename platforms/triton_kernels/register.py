@@ -32,6 +32,8 @@ OPS = {
     "kv_write": "paging",
     "page_copy": "paging",
     "page_digest": "paging",
+    "sample": "sampling",
+    "moe": "moe",
 }
 """Op -> the module that has its kernel."""
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ceil_div, heads_of
-from .tuning import Tuning, power_of_two
+from .tuning import Tuning, at_most, power_of_two
 
 
 @triton.jit
@@ -135,8 +135,8 @@ def _launch(
     tokens, heads, dim = q.shape
     half = cos.shape[-1]
     block_half, block_rest = power_of_two(half), power_of_two(dim - 2 * half)
-    columns = 2 * block_half + block_rest
-    block = min(power_of_two(heads), max(1, tuning.row_elements // columns))
+    columns = 2 * block_half + (block_rest if dim > 2 * half else 0)
+    block = min(power_of_two(heads), at_most(max(1, tuning.row_elements // columns)))
     if tokens:
         rope_kernel[(tokens, ceil_div(heads, block) + ceil_div(k.shape[1], block))](
             q,

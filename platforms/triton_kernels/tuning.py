@@ -38,6 +38,9 @@ class Tuning:
     name: str
     lane_width: int
     shared_bytes: int
+    keys_bytes: int
+    sums_bytes: int
+    float32_dim: int
     lane_elements: int
     most_warps: int
     row_elements: int
@@ -45,18 +48,25 @@ class Tuning:
     least_blocks: int
     narrow: Tile
     wide: Tile
+    narrow_float32: Tile
+    wide_float32: Tile
     linear: Tile
     experts: Tile
 
     def warps(self, elements: int) -> int:
         """Warps for a pointwise tile of so many elements, a power of two."""
         lanes = elements // self.lane_elements
-        return power_of_two(max(1, min(self.most_warps, lanes // self.lane_width)))
+        return at_most(max(1, min(self.most_warps, lanes // self.lane_width)))
 
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def at_most(n: int) -> int:
+    """The largest power of two that is at most n; n >= 1."""
+    return 1 << n.bit_length() - 1
 
 
 def refusal(facts: DeviceFacts) -> str | None:
@@ -79,8 +89,7 @@ def choose(facts: DeviceFacts) -> Tuning:
     values = {**_table()["default"], **row}
     for key in ("kind", "from", "below"):
         values.pop(key, None)
-    for key in ("narrow", "wide", "linear", "experts"):
-        values[key] = Tile(**values[key])
+    values = {key: Tile(**v) if isinstance(v, dict) else v for key, v in values.items()}
     return Tuning(lane_width=facts.lane_width, **values)
 
 

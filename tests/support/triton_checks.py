@@ -59,7 +59,9 @@ def small_cut(facts: DeviceFacts | None = None) -> Tuning:
     """Blocks so small that short contexts have several of everything."""
     tile = Tile(block_m=16, block_n=16, warps=4, stages=1)
     row = tuning.choose(facts or triton_facts())
-    return replace(row, narrow=tile, wide=replace(tile, block_m=32), splits=4, least_blocks=1)
+    wide = replace(tile, block_m=32)
+    float32 = {"narrow_float32": tile, "wide_float32": wide}
+    return replace(row, narrow=tile, wide=wide, **float32, splits=4, least_blocks=1)
 
 
 def attention_backend(cut: Tuning | None = None, facts: DeviceFacts | None = None) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from support.kernel_checks import cpu_facts
@@ -86,7 +87,9 @@ def test_every_row_is_a_whole_tuning_with_sizes_that_are_powers_of_two() -> None
         chosen = tuning.choose(cpu_facts(kind=row["kind"], arch=tuple(row["from"])))
         assert chosen.name == row["name"]
         sizes = [chosen.splits, chosen.row_elements, chosen.most_warps]
-        for tile in (chosen.narrow, chosen.wide, chosen.linear, chosen.experts):
+        for tile in [
+            t for t in map(partial(getattr, chosen), chosen.__slots__) if isinstance(t, tuning.Tile)
+        ]:
             sizes += [tile.block_m, tile.block_n, tile.warps]
             assert tile.block_m >= 16 <= tile.block_n
         assert all(size > 0 and size & (size - 1) == 0 for size in sizes)

@@ -1,0 +1,108 @@
+"""What is compiled for every target: each wrapper called with the sizes of real models (Llama 3 8B,
+Qwen3, Gemma 3), so that Triton specialises as it will when they are served. Tensors are taken and
+never written, so that they cost no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from compile_targets import Target
+from torch import Tensor
+
+from sixfold.common.ops.registry import KernelRegistry
+from sixfold.common.ops.sample_cases import sampling_arrays
+from sixfold.platforms.interface_attention import AttentionSpec
+from sixfold.platforms.interface_kv import KVGroup, KVKind
+from sixfold.platforms.torch_runtime.device import TorchDevice
+from sixfold.platforms.torch_runtime.kernels import register_generic
+from sixfold.platforms.torch_runtime.pools import TorchKVPool
+from sixfold.platforms.triton_kernels.register import register_triton
+
+TOKENS, WIDTH, INNER, PAGE = 48, 4096, 14336, 16
+CACHE_BYTES = 3 << 30
+"""More than 2 GiB: what fits 32-bit offsets is compiled otherwise on AMD."""
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def work(target: Target) -> dict[str, Callable[[], object]]:
+    """By name, in an order that stays: of kernels that two share, the first has the line."""
+    device = TorchDevice(target.facts, "cpu")
+    registry = KernelRegistry()
+    register_generic(registry, device)
+    register_triton(registry, device)
+    ops = {kernel.op: kernel.fn for kernel in registry.kernels() if kernel.provider == "triton"}
+    backend = next(b for b in registry.backends() if b.name == "triton")
+    return {**_pointwise(ops), **_paging(ops), **_attention(backend, device), **_others(ops)}
+
+
+def _pointwise(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    x, weight = tensor(TOKENS, WIDTH), tensor(WIDTH)
+    gate = tensor(TOKENS, INNER)
+    q, k = tensor(TOKENS, 32, 128), tensor(TOKENS, 8, 128)
+    angles = [tensor(TOKENS, 64, dtype=torch.float32) for _ in range(2)]
+    ids = torch.empty(TOKENS, dtype=torch.int64)
+    return {
+        "rms_norm 4096": partial(ops["rms_norm"], x, weight, 1e-5),
+        "add_rms_norm 4096": partial(ops["add_rms_norm"], x, x, weight, 1e-5),
+        "rope 128": partial(ops["rope"], q, k, *angles),
+        "qk_norm_rope 128": partial(
+            ops["qk_norm_rope"], q, k, weight[:128], weight[:128], 1e-6, *angles
+        ),
+        "silu_mul": partial(ops["silu_mul"], gate, gate),
+        "gelu_tanh_mul": partial(ops["gelu_tanh_mul"], gate, gate),
+        "embedding": partial(ops["embedding"], ids, tensor(1024, WIDTH)),
+    }
+
+
+def _paging(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    pool = tensor(2, 8, PAGE, 8, 128)
+    pages = torch.empty(4, dtype=torch.int64)
+    return {
+        "page_copy": partial(ops["page_copy"], pool, pages, pages),
+        "page_digest": partial(ops["page_digest"], pool[0], pages),
+    }
+
+
+def _attention(backend: Any, device: TorchDevice) -> dict[str, Callable[[], object]]:
+    """One reservation with rows that decode and rows that do not: all three kernels."""
+    shapes = {
+        "128": AttentionSpec(32, 8, 128, 0.1, dtype="bfloat16"),
+        "64, window, sinks": AttentionSpec(64, 8, 64, 0.1, 128, sinks=True, dtype="bfloat16"),
+        "256": AttentionSpec(8, 4, 256, 0.1, dtype="bfloat16"),
+        "64, float32, soft cap": AttentionSpec(8, 8, 64, 0.1, soft_cap=30.0),
+        "80, float32": AttentionSpec(8, 8, 80, 0.1),
+    }
+    return {
+        f"attention {name}": partial(_attend, backend, device, spec)
+        for name, spec in shapes.items()
+        if not backend.accepts(spec, device.facts)
+    }
+
+
+def _attend(backend: Any, device: TorchDevice, spec: AttentionSpec) -> None:
+    dtype = getattr(torch, spec.dtype)
+    page_bytes = 2 * PAGE * spec.kv_heads * spec.head_dim * dtype.itemsize
+    kind = KVKind.WINDOW if spec.window else KVKind.FULL
+    group = KVGroup("g", kind, PAGE, CACHE_BYTES // page_bytes, spec.window)
+    pool = TorchKVPool(group, backend.layout(group, spec, 1), device, None)  # type: ignore[arg-type]
+    bound = backend.reserve(group, 8, TOKENS, longest=4096)
+    q = tensor(TOKENS, spec.heads, spec.head_dim, dtype=dtype)
+    k, v = (tensor(TOKENS, spec.kv_heads, spec.head_dim, dtype=dtype) for _ in range(2))
+    sinks = tensor(spec.heads, dtype=torch.float32) if spec.sinks else None
+    backend.run(bound, pool, 0, q, k, v, spec, sinks)
+
+
+def _others(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    logits = tensor(4, 128256, dtype=torch.float32)
+    x, chosen = tensor(TOKENS, 2048), tensor(TOKENS, 128)
+    experts = tensor(128, 2 * 768, 2048), tensor(128, 2048, 768)
+    return {
+        "sample": partial(ops["sample"], logits, sampling_arrays([{"temperature": 0.7}] * 4)),
+        "moe, 8 of 128": partial(ops["moe"], x, chosen, *experts, 8, True),
+    }
