@@ -5,7 +5,9 @@ a graph cannot hold is refused where it is recorded. The graph is a stand-in on 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,14 +17,17 @@ from support.graph_stand_in import CannotRecord, Recording, StandInGraphs, addre
 from support.kernel_checks import cpu_facts
 from support.plain_paged import Bound, PlainPaged, Plan
 from support.random_source import RandomSource
+from support.recorded_machines import load
 from support.tiny_torch_model import Driver
 
 from sixfold.common.errors import ConfigError
+from sixfold.platforms import select
 from sixfold.platforms.cpu.device import CpuDevice
 from sixfold.platforms.interface import EngineSpec
 from sixfold.platforms.interface_step import LAST_TOKEN, StepBatch, StepResult
 from sixfold.platforms.torch_runtime.executor import TorchExecutor
 from sixfold.platforms.torch_runtime.graph_runner import bucket_sizes
+from sixfold.platforms.torch_runtime.stream_graphs import StreamGraphs
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
@@ -382,3 +387,59 @@ def test_the_stand_in_takes_what_a_graph_can_hold() -> None:
     recording = Recording(lambda: x[rows] + torch.arange(2) + x.index_select(0, rows))
     x += 1
     assert recording().tolist() == [6.0, 3.0]
+
+
+# ---- recording a stream, with a library that takes notes
+
+
+class Library:
+    """torch's module of a device, as far as recording a stream goes."""
+
+    def __init__(self) -> None:
+        self.notes: list[Any] = []
+
+    def graph_pool_handle(self) -> str:
+        self.notes.append("pool")
+        return f"pool {self.notes.count('pool')}"
+
+    def CUDAGraph(self) -> Any:  # noqa: N802 (torch's name)
+        return SimpleNamespace(replay=lambda: self.notes.append("replay"))
+
+    @contextmanager
+    def graph(self, graph: Any, pool: str, **options: Any) -> Iterator[None]:
+        self.notes.append(("begin", pool, options))
+        yield
+        self.notes.append("end")
+
+
+def test_a_stream_is_recorded_after_rehearsals_into_one_pool() -> None:
+    library = Library()
+    graphs = StreamGraphs(torch.device("cpu"), library, "CUDAGraph", capture_error_mode="relaxed")
+    result = torch.zeros(2)
+
+    def work() -> torch.Tensor:
+        library.notes.append("work")
+        return result
+
+    first, second = graphs.record(work), graphs.record(work)
+    begin = ("begin", "pool 1", {"capture_error_mode": "relaxed"})
+    assert library.notes == [
+        *["work", "work", "pool", begin, "work", "end"],
+        *["work", "work", begin, "work", "end"],
+    ]
+    assert first() is result
+    assert second() is result
+    assert library.notes[-2:] == ["replay", "replay"]
+
+
+@pytest.mark.parametrize("name", ["nvidia_h100", "amd_mi300x"])
+def test_gpus_record_streams(name: str) -> None:
+    kind = "cuda" if name == "nvidia_h100" else "rocm"
+    facts = select.probe_all(load(name)[0])[kind].devices[0]
+    made = select.platforms()[kind].executor(EngineSpec("model"), facts)
+    graphs = made._device.graphs  # type: ignore[attr-defined]
+    made.close()
+    assert facts.graphs == "stream"
+    assert isinstance(graphs, StreamGraphs)
+    assert graphs._library is torch.cuda
+    assert {"graph", "graph_pool_handle", graphs._kind} <= set(dir(torch.cuda))
