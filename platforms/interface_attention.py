@@ -23,6 +23,7 @@ class AttentionSpec:
     sinks: bool = False  # a logit per head that joins the softmax and takes no value
     dtype: str = "float32"
     kv_dtype: str = ""  # of keys and values in the cache; "" = dtype
+    tree: bool = False  # steps may have a tree mask
 
     @property
     def stored_dtype(self) -> str:
@@ -43,7 +44,8 @@ class AttentionBackend(Protocol):
     def name(self) -> str: ...
 
     def accepts(self, spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
-        """All reasons why this backend cannot serve `spec`; empty when it can."""
+        """All reasons why this backend cannot serve `spec`; empty when it can. A backend is asked
+        for tree masks only if it has an attribute `tree_masks` that is True."""
         ...
 
     def layout(self, group: KVGroup, spec: AttentionSpec, layers: int) -> KVLayout: ...

@@ -97,6 +97,9 @@ class StepBatch:
     moves: tuple[PageCopy, ...] = ()
     grammar_mask: U32 | None = None  # (R, ceil(V/32)), bit set = allowed
     prompt_targets: I32 | None = None  # (T,) the next prompt token of each position, -1 = none
+    # (T, W) bool, W the most new tokens of a row: which of its row's new tokens a new token sees,
+    # itself always, later ones never; None = all up to itself. Context is seen in any case.
+    tree_mask: NDArray[np.bool_] | None = None
 
     @property
     def rows(self) -> int:

@@ -19,12 +19,14 @@ from . import (
     page_gather,
     paged_attention,
     paging,
+    quantised_linear,
     rope,
     sample,
 )
 
 MODULES = (
     dense,
+    quantised_linear,
     norm,
     rope,
     activation,

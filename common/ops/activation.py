@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -53,12 +54,16 @@ def cases(rng: np.random.Generator) -> Iterable[Case]:
     yield Case("saturated", {"gate": ends, "up": np.ones_like(ends)})
 
 
+def width(args: Mapping[str, Any]) -> dict[str, int]:
+    return {"width": args["gate"].shape[1]}
+
+
 def _op(name: str, reference: Callable[..., F32]) -> Op:
-    return Op(name, reference, cases, POINTWISE)
+    return Op(name, reference, cases, POINTWISE, dims=width)
 
 
 OPS = (
     _op("silu_mul", silu_mul),
     _op("gelu_tanh_mul", gelu_tanh_mul),
-    Op("clamped_swiglu", clamped_swiglu, clamped_cases, POINTWISE),
+    Op("clamped_swiglu", clamped_swiglu, clamped_cases, POINTWISE, dims=width),
 )

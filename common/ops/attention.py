@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...platforms.interface_kernels import Case, Op, Tolerance
 from .contract import F32, I32, I64, normal
@@ -36,6 +37,7 @@ def attention(
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: F32 | None = None,
+    tree_mask: NDArray[np.bool_] | None = None,
 ) -> F32:
     """q (T, Hq, D), k and v (T, Hk, D) of the new tokens; keys, values (S, Hk, D) by slot;
     page_table (R, P), query_start (R+1,), context_lens (R,) as in StepBatch -> (T, Hq, D).
@@ -44,7 +46,9 @@ def attention(
     positions max(0, p-window+1) .. p (from 0 when window is 0). Query head h reads kv head
     h // (Hq / Hk). With a soft cap c, scaled logits s become c * tanh(s / c). `sinks` (Hq,) are
     logits that join each head's softmax, neither scaled nor capped, and take no value (gpt-oss;
-    Xiao et al. 2023). Slots that no query of the step sees may hold anything, NaN included.
+    Xiao et al. 2023). With `tree_mask` (T, W), the query of token t sees, of its row's new tokens,
+    only those j with tree_mask[t, j], j counting from the row's first. Slots that no query of the
+    step sees may hold anything, NaN included.
     """
     slots = flat_slots(page_table, query_start, context_lens, page_size)
     keys, values = kv_write(keys, values, slots, k, v)
@@ -55,6 +59,9 @@ def attention(
             position = int(context_lens[row] + token - query_start[row])
             first = max(0, position - window + 1) if window else 0
             seen = np.arange(first, position + 1)
+            if tree_mask is not None:
+                new = seen - context_lens[row]
+                seen = seen[(new < 0) | tree_mask[token, np.maximum(new, 0)]]
             seen_slots = page_table[row, seen // page_size] * page_size + seen % page_size
             for head in range(q.shape[1]):
                 past = keys[seen_slots, head // group].astype(np.float64)
@@ -127,6 +134,7 @@ def build(rng: np.random.Generator, shape: Shape) -> Case:
             "window": shape.window,
             "soft_cap": shape.soft_cap,
             "sinks": np.array(shape.sinks, np.float32) if shape.sinks else None,
+            "tree_mask": None,
         },
     )
 
@@ -184,4 +192,44 @@ def _shared_page(rng: np.random.Generator) -> Case:
     return Case(case.name, {**case.args, "page_table": table})
 
 
-OPS = (Op("attention", attention, cases, TOLERANCE, float32=frozenset({"sinks"})),)
+TREES = (
+    Shape("drafts_after_context", ((37, 6),), 16),
+    Shape("drafts_of_first_tokens", ((0, 5), (0, 9)), 16),
+    Shape("drafts_of_unlike_rows", ((50, 1), (16, 4), (7, 8), (299, 2)), 16),
+    Shape("drafts_page_1", ((5, 4), (9, 3)), 1),
+    Shape("drafts_page_128", ((130, 7), (125, 6)), 128),
+    Shape("drafts_with_sinks", ((20, 5), (6, 1)), 16, sinks=SINKS),
+    Shape("drafts_with_soft_cap", ((20, 5), (6, 3)), 16, soft_cap=2.0),
+)
+
+
+def tree_cases(rng: np.random.Generator) -> Iterable[Case]:
+    """Random trees: every new token but the first of a row hangs on an earlier one of the row."""
+    for shape in TREES:
+        case = build(rng, shape)
+        yield Case(case.name, {**case.args, "tree_mask": random_trees(rng, shape)})
+    chain = build(rng, Shape("a_chain_is_causal", ((20, 6), (0, 4)), 16))
+    mask = np.concatenate([np.tri(6, dtype=bool), np.tri(4, 6, dtype=bool)])
+    yield Case(chain.name, {**chain.args, "tree_mask": mask})
+    alone = build(rng, Shape("siblings", ((20, 6),), 16))
+    yield Case(alone.name, {**alone.args, "tree_mask": np.eye(6, dtype=bool)})
+
+
+def random_trees(rng: np.random.Generator, shape: Shape) -> NDArray[np.bool_]:
+    """(T, W): each token sees its ancestors and itself."""
+    widest = max(new for _, new in shape.rows)
+    rows = []
+    for _, new in shape.rows:
+        tree = np.zeros((new, widest), bool)
+        for token in range(new):
+            tree[token] = tree[rng.integers(0, token)] if token else False
+            tree[token, token] = True
+        rows.append(tree)
+    return np.concatenate(rows)
+
+
+OPS = (
+    Op("attention", attention, cases, TOLERANCE, float32=frozenset({"sinks"})),
+    Op("tree_attention", attention, tree_cases, TOLERANCE, float32=frozenset({"sinks"})),
+)
+"""Both are of attention backends, which refuse the second where they have no tree masks."""

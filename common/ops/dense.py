@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,17 @@ def linear_cases(rng: np.random.Generator) -> Iterable[Case]:
         yield Case(name, {"x": normal(rng, rows, width), "weight": weight, "bias": bias})
 
 
+def embedding_dims(args: Mapping[str, Any]) -> dict[str, int]:
+    vocabulary, width = args["table"].shape
+    return {"vocabulary": vocabulary, "width": width}
+
+
+def linear_dims(args: Mapping[str, Any]) -> dict[str, int]:
+    n, k = args["weight"].shape
+    return {"k": k, "n": n, "bias": int(args["bias"] is not None)}
+
+
 OPS = (
-    Op("embedding", embedding, embedding_cases, EXACT),
-    Op("linear", linear, linear_cases, REDUCTION),
+    Op("embedding", embedding, embedding_cases, EXACT, dims=embedding_dims),
+    Op("linear", linear, linear_cases, REDUCTION, dims=linear_dims),
 )

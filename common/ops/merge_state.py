@@ -47,11 +47,11 @@ def cases(rng: np.random.Generator) -> Iterable[Case]:
     ]:
         lses = normal(rng, rows, heads, scale=3.0), normal(rng, rows, heads, scale=3.0)
         yield _case(rng, name, dim, *lses)
-    near, far = np.float32([[0.0, 5.0, -80.0]]), np.float32([[100.0, 5.0, -200.0]])
+    near, far = (np.array([x], np.float32) for x in ((0.0, 5.0, -80.0), (100.0, 5.0, -200.0)))
     yield _case(rng, "far_apart_and_equal", 16, near, far)
     yield _case(rng, "large", 16, near + np.float32(1e4), near + np.float32(1e4) - 1)
-    none = np.float32([[-np.inf, 1.0, -np.inf]])
-    other = np.float32([[2.0, -np.inf, -np.inf]])
+    none = np.array([[-np.inf, 1.0, -np.inf]], np.float32)
+    other = np.array([[2.0, -np.inf, -np.inf]], np.float32)
     case = _case(rng, "parts_that_saw_nothing", 16, none, other)
     holds = {name: case.args[name].copy() for name in ("first", "second")}
     holds["first"][0, [0, 2]], holds["second"][0, 1] = np.nan, np.inf

@@ -3,7 +3,7 @@ softmax routing (Qwen3-MoE's form)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -125,7 +125,20 @@ def experts_cases(rng: np.random.Generator) -> Iterable[Case]:
         )
 
 
+def stack_dims(args: Mapping[str, Any]) -> dict[str, int]:
+    """Of the first of the two stacks."""
+    experts, both, k = args["gate_up"].shape
+    return {"experts": experts, "parts": 2, "n": both // 2, "k": k}
+
+
 OPS = (
-    Op("moe_experts", moe_experts, experts_cases, REDUCTION, float32=frozenset({"weights"})),
-    Op("moe", moe, cases, REDUCTION, parts=("moe_route", "moe_experts")),
+    Op(
+        "moe_experts",
+        moe_experts,
+        experts_cases,
+        REDUCTION,
+        float32=frozenset({"weights"}),
+        dims=stack_dims,
+    ),
+    Op("moe", moe, cases, REDUCTION, parts=("moe_route", "moe_experts"), dims=stack_dims),
 )

@@ -3,7 +3,8 @@ layer norm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -86,8 +87,14 @@ def layer_norm_cases(rng: np.random.Generator) -> Iterable[Case]:
     yield Case("equal", {"x": equal, "weight": around_one(rng, 16), "bias": None, "eps": 1e-5})
 
 
+def width(args: Mapping[str, Any]) -> dict[str, int]:
+    return {"width": len(args["weight"])}
+
+
 OPS = (
-    Op("layer_norm", layer_norm, layer_norm_cases, LAYER_TOLERANCE),
-    Op("rms_norm", rms_norm, rms_norm_cases, TOLERANCE),
-    Op("add_rms_norm", add_rms_norm, add_rms_norm_cases, TOLERANCE, parts=("rms_norm",)),
+    Op("layer_norm", layer_norm, layer_norm_cases, LAYER_TOLERANCE, dims=width),
+    Op("rms_norm", rms_norm, rms_norm_cases, TOLERANCE, dims=width),
+    Op(
+        "add_rms_norm", add_rms_norm, add_rms_norm_cases, TOLERANCE, parts=("rms_norm",), dims=width
+    ),
 )

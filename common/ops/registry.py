@@ -84,11 +84,20 @@ class KernelRegistry:
         """The backend for all of a model's attention call sites. Raises KernelError."""
         reasons: dict[str, str | None] = {}
         for name, (_, backend) in self._backends.items():
-            found = dict.fromkeys(r for spec in specs for r in backend.accepts(spec, facts))
+            found = dict.fromkeys(r for spec in specs for r in refusals(backend, spec, facts))
             reasons[name] = "; ".join(found) or None
         order = sorted(reasons, key=lambda name: -self._backends[name][0])
         name, decision = _choose("attention", order, reasons, chosen, strict)
         return self._backends[name][1], decision
+
+
+def refusals(backend: AttentionBackend, spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
+    """All reasons why a backend cannot serve a call site, of which no backend need know the last:
+    one that does not say that it has tree masks has none."""
+    reasons = backend.accepts(spec, facts)
+    if spec.tree and not getattr(backend, "tree_masks", False):
+        return (*reasons, "has no tree masks")
+    return reasons
 
 
 def _refusal(kernel: Kernel, facts: DeviceFacts, sites: Sequence[Problem]) -> str | None:

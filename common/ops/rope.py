@@ -3,7 +3,8 @@ per-head norm of q and k."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,24 @@ def rope_angles_cases(rng: np.random.Generator) -> Iterable[Case]:
         inverse = (10000.0 ** (-np.arange(half) / half)).astype(np.float32)
         positions = rng.integers(0, 100_000, tokens)
         yield Case(name, {"positions": positions, "inverse": inverse, "scale": scale})
+    rates = (500_000.0 ** (-np.arange(32) / 32)).astype(np.float32)
+    rows = np.concatenate([start + np.arange(3) for start in (0, 4095, 17, 131_069)])
+    yield Case("rows_of_unlike_offsets", {"positions": rows, "inverse": rates, "scale": 1.0})
+    for name, inverse, scale in [
+        ("linear_scaling", rates / np.float32(8), 1.0),
+        ("low_frequencies_stretched", _stretched(rates, 8.0), 1.0),
+        ("yarn", _stretched(rates, 32.0), 0.1 * float(np.log(32.0)) + 1.0),
+    ]:
+        positions = rng.integers(0, 131_072, 11)
+        yield Case(name, {"positions": positions, "inverse": inverse, "scale": scale})
+
+
+def _stretched(rates: F32, factor: float) -> F32:
+    """Llama 3's and YaRN's kind of scaling (Peng et al. 2023, section 3.2): slow rates are divided
+    by `factor`, fast ones stay, those between are mixed."""
+    turns = rates * 8192 / (2 * np.pi)  # in the context of training
+    kept = np.clip((turns - 1) / 31, 0, 1)
+    return (rates / factor * (1 - kept) + rates * kept).astype(np.float32)
 
 
 def qk_norm_rope(
@@ -75,6 +94,8 @@ SHAPES = [
     ("dim_128_mqa", 4, 6, 1, 128, 128),
     ("dim_256", 2, 4, 1, 256, 256),
     ("partial", 3, 4, 2, 64, 16),
+    ("partial_quarter_of_256", 2, 2, 1, 256, 64),
+    ("partial_odd_rest", 5, 3, 3, 37, 10),
     ("no_tokens", 0, 4, 2, 32, 32),
 ]
 
@@ -84,6 +105,9 @@ def rope_cases(rng: np.random.Generator) -> Iterable[Case]:
         cos, sin = _angles(rng, tokens, rotary)
         q, k = normal(rng, tokens, heads, dim), normal(rng, tokens, kv_heads, dim)
         yield Case(name, {"q": q, "k": k, "cos": cos, "sin": sin})
+    cos, sin = (angles * np.float32(1.35) for angles in _angles(rng, 6, 32))
+    q, k = normal(rng, 6, 4, 32), normal(rng, 6, 2, 32)
+    yield Case("scaled_angles", {"q": q, "k": k, "cos": cos, "sin": sin})
 
 
 def qk_norm_rope_cases(rng: np.random.Generator) -> Iterable[Case]:
@@ -103,6 +127,11 @@ def qk_norm_rope_cases(rng: np.random.Generator) -> Iterable[Case]:
         )
 
 
+def head_dims(args: Mapping[str, Any]) -> dict[str, int]:
+    _, heads, dim = args["q"].shape
+    return {"heads": heads, "kv_heads": args["k"].shape[1], "head_dim": dim}
+
+
 OPS = (
     Op(
         "rope_angles",
@@ -110,8 +139,9 @@ OPS = (
         rope_angles_cases,
         dict.fromkeys(POINTWISE, POINTWISE["float32"]),
         float32=frozenset({"inverse"}),
+        dims=lambda args: {"half": len(args["inverse"])},
     ),
-    Op("rope", rope, rope_cases, TOLERANCE, float32=ANGLES),
+    Op("rope", rope, rope_cases, TOLERANCE, float32=ANGLES, dims=head_dims),
     Op(
         "qk_norm_rope",
         qk_norm_rope,
@@ -119,5 +149,6 @@ OPS = (
         TOLERANCE,
         parts=("rms_norm", "rope"),
         float32=ANGLES,
+        dims=head_dims,
     ),
 )

@@ -148,6 +148,29 @@ def _adjusting_cases(rng: np.random.Generator) -> Iterable[Case]:
     yield _case("grammar", logits, [{}, {"temperature": 0.0}, {}], pack_mask(allowed))
     allowed[1] = False
     yield _case("grammar_allows_nothing", logits, [{}, {}, {"top_k": 5}], pack_mask(allowed))
+    yield from _crossed_cases(rng)
+
+
+def _crossed_cases(rng: np.random.Generator) -> Iterable[Case]:
+    """What is banned or not a number must not count in what filters keep."""
+    logits = normal(rng, 6, 77, scale=2.0)
+    logits[:, rng.permutation(77)[:20]] = np.nan
+    filters: list[dict[str, Any]] = [
+        {"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.3}, {"top_k": 70}, {"top_p": 0.999},
+        {"temperature": 0.0},
+    ]  # fmt: skip
+    rows = [{**row, "uniform": rng.random()} for row in filters]
+    yield _case("filters_over_nan", logits, rows)
+    allowed = rng.random((6, 77)) < 0.3
+    allowed[:, 76] = True
+    yield _case("filters_over_nan_and_grammar", logits, rows, pack_mask(allowed))
+    tied = np.zeros((6, 77), np.float32)
+    tied[:, 40:] = 1.0
+    allowed[:, 40] = False  # the lowest id among the largest is banned
+    yield _case("filters_over_ties_and_grammar", tied, rows, pack_mask(allowed))
+    every = [random_row(rng, 77) for _ in rows]
+    pending = np.array([3, -1, 76, 0, -1, 5], np.int64)
+    yield _case("everything_at_once", logits, every, pack_mask(allowed), pending)
 
 
 def _random_cases(rng: np.random.Generator) -> Iterable[Case]:

@@ -15,10 +15,11 @@ from ...platforms.interface_kernels import Case, CaseRunner, Kernel, Op, Problem
 from ...platforms.interface_kv import KVGroup, KVKind
 from ...platforms.interface_step import StepBatch
 from . import OPS
-from .registry import KernelRegistry
+from .registry import KernelRegistry, refusals
 from .sample_cases import sampling_arrays
 
-ATTENTION = "attention"
+ATTENTION = ("attention", "tree_attention")
+"""Contracts of attention backends."""
 
 
 def suite_of(
@@ -35,7 +36,8 @@ def suite_of(
         for op in contracts(kernel.op)
     ]
     subjects += [
-        attention_subject(backend, facts, runner, partial(unverified, backend.name))
+        attention_subject(op, backend, facts, runner, partial(unverified, backend.name))
+        for op in ATTENTION
         for backend in registry.backends()
     ]
     return Suite(facts.name, evidence, tuple(subjects))
@@ -63,18 +65,19 @@ def kernel_subject(
 
 
 def attention_subject(
+    op: str,
     backend: AttentionBackend,
     facts: DeviceFacts,
     runner: CaseRunner,
     unverified: Callable[[str], str] = lambda dtype: "",
 ) -> Subject:
     def requires(case: Case, dtype: str) -> str | None:
-        return "; ".join(backend.accepts(spec_of(case, dtype), facts)) or None
+        return "; ".join(refusals(backend, spec_of(case, dtype), facts)) or None
 
     def run(case: Case, dtype: str) -> Any:
         return runner.run_attention(backend, case, dtype)
 
-    return Subject(ATTENTION, backend.name, requires, run, unverified)
+    return Subject(op, backend.name, requires, run, unverified)
 
 
 def problem_of(op: Op, case: Case, dtype: str) -> Problem:
@@ -84,7 +87,7 @@ def problem_of(op: Op, case: Case, dtype: str) -> Problem:
 
 
 def spec_of(case: Case, dtype: str, kv_dtype: str = "") -> AttentionSpec:
-    """The same of a case of the op "attention"."""
+    """The same of a case of an attention backend."""
     args = case.args
     return AttentionSpec(
         heads=args["q"].shape[1],
@@ -96,18 +99,19 @@ def spec_of(case: Case, dtype: str, kv_dtype: str = "") -> AttentionSpec:
         sinks=args["sinks"] is not None,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        tree=args["tree_mask"] is not None,
     )
 
 
 def group_of(case: Case) -> KVGroup:
-    """The cache group of a case of the op "attention"."""
+    """The cache group of a case of an attention backend."""
     size, window = case.args["page_size"], case.args["window"]
     kind = KVKind.WINDOW if window else KVKind.FULL
     return KVGroup("conformance", kind, size, len(case.args["keys"]) // size, window)
 
 
 def step_of(case: Case) -> StepBatch:
-    """The step that a case of the op "attention" is."""
+    """The step that a case of an attention backend is."""
     args = case.args
     rows = len(args["context_lens"])
     return StepBatch(
@@ -119,4 +123,5 @@ def step_of(case: Case) -> StepBatch:
         page_tables={group_of(case).name: args["page_table"]},
         want=np.zeros(rows, np.uint8),
         sampling=sampling_arrays([{}] * rows),
+        tree_mask=args["tree_mask"],
     )

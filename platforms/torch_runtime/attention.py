@@ -60,7 +60,7 @@ class BoundPrefill:
         self.start = row.start
         self.pages = None if row.pages is None else _pages(row.pages, device)
         self.pieces = [
-            (piece, None if piece.causal else _band(piece, row.window, device, dtype))
+            (piece, None if piece.causal else _band(piece, row, device, dtype))
             for piece in row.pieces
         ]
 
@@ -79,6 +79,7 @@ class SdpaAttention:
     """AttentionBackend on any torch device. `layout` must be called for a group before `plan`."""
 
     name = "sdpa"
+    tree_masks = True
 
     def __init__(self, device: TorchDevice) -> None:
         self._device = device
@@ -90,6 +91,8 @@ class SdpaAttention:
             reasons.append(f"{spec.heads} heads do not divide among {spec.kv_heads} kv heads")
         if spec.stored_dtype != spec.dtype:
             reasons.append(f"keeps keys and values in {spec.dtype}, not {spec.stored_dtype}")
+        if spec.tree and spec.window:
+            reasons.append("has no tree masks within a window")
         return tuple(reasons)
 
     def layout(self, group: KVGroup, spec: AttentionSpec, layers: int) -> KVLayout:
@@ -253,8 +256,13 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return zero.where(seen, -torch.inf)
 
 
-def _band(piece: Piece, window: int, device: TorchDevice, dtype: torch.dtype) -> Tensor:
+def _band(piece: Piece, row: PrefillRow, device: TorchDevice, dtype: torch.dtype) -> Tensor:
     """(queries, keys): which keys of the piece each query sees."""
+    if row.tree is not None:
+        tree = row.tree[piece.query_first : piece.query_last, : piece.query_last]
+        context = np.ones((len(tree), piece.key_count - tree.shape[1]), bool)
+        return _bias(device.to_device(np.concatenate((context, tree), axis=1)), dtype)
+    window = row.window
     queries = torch.arange(piece.query_count, device=device.torch_device).unsqueeze(1)
     distance = queries + piece.offset - torch.arange(piece.key_count, device=device.torch_device)
     seen = distance >= 0

@@ -69,6 +69,7 @@ class PrefillRow:
     pages: I64 | None
     pieces: tuple[Piece, ...]
     window: int
+    tree: NDArray[np.bool_] | None = None  # (new, new): which new tokens see which
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,8 @@ def _prefill_row(
 ) -> PrefillRow:
     start, stop = (int(batch.query_start[row + i]) for i in (0, 1))
     context, new, window = int(batch.context_lens[row]), stop - start, group.window
-    if context == 0 and (window == 0 or new <= window):
+    tree = None if batch.tree_mask is None else batch.tree_mask[start:stop, :new]
+    if tree is None and context == 0 and (window == 0 or new <= window):
         return PrefillRow(start, None, (Piece(0, new, 0, new, 0, True),), window)
     pages, base = None, 0
     if context:
@@ -151,4 +153,4 @@ def _prefill_row(
         key = max(base, position - window + 1) if window else base
         key_first, key_last = key - base, context + query_last - base
         pieces.append(Piece(query, query_last, key_first, key_last, position - key, False))
-    return PrefillRow(start, pages, tuple(pieces), window)
+    return PrefillRow(start, pages, tuple(pieces), window, tree)

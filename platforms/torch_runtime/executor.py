@@ -18,6 +18,7 @@ from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Status
 from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable, Problem
 from ..interface_step import StepBatch, StepResult
+from .dequantised import refuse_widening
 from .device import TorchDevice
 from .dtypes import DTYPES
 from .kernels import register_generic
@@ -173,7 +174,8 @@ class TorchExecutor:
             log.add("weights", dtype, f"dtype was set by the user{stores}")
             return ""
         try:
-            registry.resolve(problems, self._device.facts, self._spec.kernels)
+            kept = registry.resolve(problems, self._device.facts, self._spec.kernels)
+            refuse_widening(kept, self._spec.kernels)
         except KernelError as error:
             because = f"no kernel for {schemes}: matrices are converted when they are loaded"
             # Widening a float costs memory; a quantised form lost is more than that.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -39,7 +40,7 @@ def moe_route(
     return (weights if scale == 1.0 else weights * scale), chosen
 
 
-SCORES = {
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": partial(torch.softmax, dim=-1),
     "sigmoid": torch.sigmoid,
     "sqrt_softplus": lambda logits: torch.sqrt(

@@ -16,7 +16,7 @@ from support.kernel_checks import cpu_device, cpu_facts
 from sixfold.common.ops import OPS
 from sixfold.common.ops.attention import flat_slots
 from sixfold.common.ops.conformance import DTYPES, check_op
-from sixfold.common.ops.suite import attention_subject
+from sixfold.common.ops.suite import ATTENTION, attention_subject
 from sixfold.platforms.interface_attention import AttentionBackend
 from sixfold.platforms.interface_kv import KVGroup
 from sixfold.platforms.interface_step import StepBatch
@@ -36,10 +36,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("op", ATTENTION)
 @pytest.mark.parametrize("backend", cpu_backends(), ids=lambda b: b.name)
-def test_equals_the_reference(backend: AttentionBackend) -> None:
-    subject = attention_subject(backend, cpu_facts(), TorchRunner(cpu_device()))
-    (verdict,) = check_op(OP, [subject], seed=7)
+def test_equals_the_reference(op: str, backend: AttentionBackend) -> None:
+    subject = attention_subject(op, backend, cpu_facts(), TorchRunner(cpu_device()))
+    (verdict,) = check_op(OPS[op], [subject], seed=7)
     assert verdict.status == "pass", verdict
     assert set(verdict.errors) == set(DTYPES)
     assert not verdict.refused

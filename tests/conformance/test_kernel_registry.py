@@ -122,6 +122,18 @@ def test_a_backend_without_sinks_is_passed_over_with_its_reason(
     assert decision.rejected[0] == ("lacking", refusal)
 
 
+def test_tree_masks_need_a_backend_that_says_it_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    (backend,) = cpu_backends()
+    entries, trees = KernelRegistry(), replace(SPEC, tree=True)
+    entries.add_attention(backend)
+    assert entries.resolve_attention([trees], cpu_facts(), None)[0] is backend
+    with pytest.raises(KernelError, match="no tree masks within a window"):
+        entries.resolve_attention([replace(trees, window=8)], cpu_facts(), None)
+    monkeypatch.setattr(type(backend), "tree_masks", False)
+    with pytest.raises(KernelError, match="has no tree masks"):
+        entries.resolve_attention([trees], cpu_facts(), None)
+
+
 def test_the_native_kernel_goes_before_torchs_products() -> None:
     """How those follow one another was measured: tests/unit/test_linear_preference.py."""
     problems = [replace(problem, dtype="float32") for problem in PROBLEMS]

@@ -144,6 +144,7 @@ def test_numbers_that_a_narrow_cache_can_just_hold(issuer: Issuer, kv_dtype: str
             "keys": np.zeros((12, 1, 32)),
             "page_size": 4,
             "window": 0,
+            "tree_mask": None,
         },
     )
     group = group_of(case)

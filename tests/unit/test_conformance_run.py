@@ -104,6 +104,11 @@ FAULTS = {
     "rope_angles_next_position": changed("rope_angles", positions=one_more),
     "kv_write_next_slot": changed("kv_write", slots=lambda s: s // 16 * 16 + (s + 1) % 16 % 8),
     "attention_window_wider": changed("attention", window=lambda w: w + (w > 0)),
+    "tree_attention_mask_ignored": changed("tree_attention", tree_mask=lambda mask: None),
+    "tree_attention_parent_beside": changed(
+        "tree_attention",
+        tree_mask=lambda mask: np.roll(mask, 1, 0) | np.eye(*mask.shape, dtype=bool),
+    ),
     "attention_heads_grouped_wrong": changed("attention", k=lambda k: np.roll(k, 1, 1)),
     "paged_attention_newest_missing": changed(
         "paged_attention", lengths=lambda n: np.maximum(n - 1, 0)
