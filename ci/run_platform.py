@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("torch", "numpy", "psutil")
-LONGEST = 400
+LONGEST = 540
 """Seconds that one stage may take."""
 NO_DEVICE = 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -138,39 +139,48 @@ def linear_speed(card: Card, bandwidth: float, flops: float) -> list[dict[str, A
 def model_speed(card: Card) -> dict[str, Any]:
     """Llama 8B of random weights, end to end: decode steps at each number of rows, with and without
     graphs. The share is of the time that reading weights, keys and values once would take."""
-    sizes = card.sizes
     bandwidth = limits(card)["copy bytes/s"]
-    most, context = max(sizes.rows), sizes.context
-    longest = context + 2 * sizes.steps + PAGE
-    fields = {
+    results = []
+    for choice in ("on", "off"):
+        try:
+            results += model_runs(card, choice, bandwidth)
+        except Exception as error:  # one way's fault is a result, the other is still run
+            results.append({"graphs": choice, "error": f"{type(error).__name__}: {error}"[:1000]})
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+    return {"ok": not any("error" in run for run in results), "runs": results}
+
+
+def model_runs(card: Card, choice: str, bandwidth: float) -> list[dict[str, Any]]:
+    """`choice` "on": as the device decides, with the decision in the result."""
+    sizes = card.sizes
+    most, longest = max(sizes.rows), sizes.context + 2 * sizes.steps + PAGE
+    fields: dict[str, Any] = {
         "dtype": card.dtype,
         "max_rows": most,
         "max_context": longest,
         "cache_tokens": most * (longest + 2 * PAGE),
         "page_size": PAGE,
+        "graphs": "off" if choice == "off" else None,
     }
+    began = time.perf_counter()
+    executor, info = card.executor(sizes.model, **fields)
+    loaded = time.perf_counter() - began
+    chosen = {d.what: d.chosen for d in info.decisions}
+    token_bytes = info.cache_bytes / (info.groups[0].pages * PAGE)
     results = []
-    for choice in ("on", "off"):
-        wanted = {} if choice == "on" else {"graphs": "off"}
-        began = time.perf_counter()
-        executor, info = card.executor(sizes.model, **fields, **wanted)
-        chosen = {d.what: d.chosen for d in info.decisions}
-        loaded = time.perf_counter() - began
-        token_bytes = info.cache_bytes / (info.groups[0].pages * PAGE)
-        for rows in sizes.rows:
-            prefill, decode = timed_steps(executor, Driver(info), rows, sizes)
-            least = (info.weight_bytes + rows * context * token_bytes) / bandwidth
-            results.append(
-                {"graphs": choice, "step": chosen["step"], "attention": chosen["kernel attention"],
-                 "rows": rows, "load seconds": loaded, "prefill tokens/s": rows * context / prefill,
-                 "decode seconds": decode, "decode tokens/s": rows / decode,
-                 "share of copy": least / decode}
-            )  # fmt: skip
-        executor.close()
-        del executor
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-    return {"ok": True, "runs": results}
+    for rows in sizes.rows:
+        prefill, decode = timed_steps(executor, Driver(info), rows, sizes)
+        least = (info.weight_bytes + rows * sizes.context * token_bytes) / bandwidth
+        results.append(
+            {"graphs": choice, "step": chosen["step"], "attention": chosen["kernel attention"],
+             "rows": rows, "load seconds": loaded, "decode seconds": decode,
+             "prefill tokens/s": rows * sizes.context / prefill, "decode tokens/s": rows / decode,
+             "share of copy": least / decode}
+        )  # fmt: skip
+    executor.close()
+    return results
 
 
 def timed_steps(
