@@ -47,11 +47,8 @@ def check(platform: str | None, op: str | None, as_json: bool, interpret: bool) 
     """Run every kernel of a platform against its contract."""
     ops = chosen_ops(op)
     name, facts = chosen_platform(platform, interpret)
-    progress = Console(stderr=True, highlight=False)
     suite = select.platforms()[name].conformance(facts, interpret)
-    with progress.status("conformance cases") as status:
-        verdicts = run_suite(suite, ops, lambda title: status.update(f"conformance cases: {title}"))
-    report = Report(name, suite, verdicts)
+    report = Report(name, suite, run_aloud(suite, ops))
     if as_json:
         click.echo(json.dumps(record(report), indent=2))
     else:
@@ -59,6 +56,15 @@ def check(platform: str | None, op: str | None, as_json: bool, interpret: bool) 
     if not report.executed:
         raise PlatformError(nothing_ran(report, op))
     sys.exit(1 if report.failed else 0)
+
+
+def run_aloud(suite: Suite, ops: Mapping[str, Op]) -> list[Verdict]:
+    """Says on standard error which op is next: a kernel may end the process, and the last op named
+    is then the one that did."""
+    console = Console(stderr=True, highlight=False)
+    with console.status("") as status:
+        tell = status.update if console.is_terminal else console.print
+        return run_suite(suite, ops, lambda title: tell(f"running {title}"))
 
 
 def chosen_ops(name: str | None) -> Mapping[str, Op]:

@@ -114,5 +114,6 @@ def test_the_cpu_shows_all_of_its_providers() -> None:
     command = [sys.executable, "-m", "sixfold", "check", "--platform", "cpu", "--op", "linear"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("running linear\nrunning linear/int8_channel\n")
     found = json.loads(done.stdout)
     assert {"generic", "native", "onednn"} <= {kernel["provider"] for kernel in found["kernels"]}

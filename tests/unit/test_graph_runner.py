@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.graph_stand_in import CannotRecord, Recording, StandInGraphs, address
+from support.graph_stand_in import CannotRecord, Recording, StandInGraphs
 from support.kernel_checks import cpu_facts
 from support.plain_paged import Bound, PlainPaged, Plan
 from support.random_source import RandomSource
@@ -329,56 +329,3 @@ def test_a_recording_that_differs_from_its_work_stops_the_load() -> None:
     with pytest.raises(RuntimeError, match=r"of 12 rows differs .* --graphs off"):
         made.load()
     made.close()
-
-
-# ---- the stand-in itself
-
-
-def test_a_recording_runs_on_the_same_memory() -> None:
-    x, table = torch.arange(4.0), torch.zeros(3, 4)
-
-    def work() -> torch.Tensor:
-        view = x.view(2, 2).t()
-        table[1].copy_(x)
-        return (view * 2).add_(1).reshape(4)
-
-    recording = Recording(work)
-    place = address(recording.result)
-    x.copy_(torch.tensor([3.0, 1.0, -2.0, 0.5]))
-    assert recording.poison() > 0
-    got = recording()
-    assert address(got) == place
-    assert torch.equal(got, (x.view(2, 2).t() * 2 + 1).reshape(4))
-    assert torch.equal(table[1], x)
-
-
-@pytest.mark.parametrize(
-    "work",
-    [
-        lambda x: x.sum().item(),
-        lambda x: x.tolist(),
-        lambda x: bool(x[0] > 0),
-        lambda x: x.cpu(),
-        lambda x: x.to("cpu"),
-        lambda x: x.numpy(),
-        lambda x: torch.from_numpy(np.ones(3)),
-        lambda x: torch.tensor([1, 2]),
-        lambda x: x[x > 0],
-        lambda x: torch.nonzero(x),
-        lambda x: torch.bincount(x.long()),
-        lambda x: torch.unique(x),
-        lambda x: x[[0, 1]],
-    ],
-)
-@torch.inference_mode()
-def test_the_stand_in_refuses_what_a_graph_cannot_hold(work: Any) -> None:
-    with pytest.raises(CannotRecord):
-        Recording(lambda: work(torch.arange(4.0)))
-
-
-@torch.inference_mode()
-def test_the_stand_in_takes_what_a_graph_can_hold() -> None:
-    x, rows = torch.arange(4.0), torch.tensor([2, 0])
-    recording = Recording(lambda: x[rows] + torch.arange(2) + x.index_select(0, rows))
-    x += 1
-    assert recording().tolist() == [6.0, 3.0]

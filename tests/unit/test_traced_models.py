@@ -25,9 +25,13 @@ from support.tiny_torch_model import Driver
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from sixfold.platforms import select
+from sixfold.platforms.cuda.device import CUDADevice
+from sixfold.platforms.cuda.kernels import register as register_cuda
 from sixfold.platforms.interface import EngineSpec
 from sixfold.platforms.interface_kernels import Kernel
 from sixfold.platforms.interface_step import LAST_TOKEN
+from sixfold.platforms.rocm.device import ROCmDevice
+from sixfold.platforms.rocm.kernels import register as register_rocm
 
 OPAQUE = frozenset({"triton", "flashinfer", "aiter", "shape"})
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3")
@@ -40,6 +44,7 @@ class Target:
     platform: str
     machine: str
     libraries: dict[str, str]
+    device: str = "cuda:0"  # as torch spells it
 
     def __str__(self) -> str:
         return "-".join([self.machine, *self.libraries])
@@ -49,25 +54,26 @@ class Target:
         facts = replace(facts, libraries={**facts.libraries, **self.libraries})
         device, register = self._parts(facts)
         spec = EngineSpec("", max_rows=8, page_size=16, cache_tokens=512, max_context=64, **fields)
-        stand_in = StandInGraphs(captures=False, device="cuda:0") if graphs else None
+        stand_in = StandInGraphs(captures=False, device=self.device) if graphs else None
         return FakeExecutor(device, register, RandomSource(config), spec, stand_in)
 
     def _parts(self, facts: Any) -> tuple[Any, Callable[[Any], None]]:
-        if self.platform == "cuda":
-            from sixfold.platforms.cuda.device import CUDADevice as Device
-            from sixfold.platforms.cuda.kernels import register
-        else:
-            from sixfold.platforms.rocm.device import ROCmDevice as Device  # type: ignore[assignment]
-            from sixfold.platforms.rocm.kernels import register  # type: ignore[assignment]
-        device = Device(facts, "cuda:0")
+        make, register = PARTS[self.platform]
+        device = make(facts, self.device)
 
         def opaque(registry: Any) -> None:
             seen = Opaque(registry, OPAQUE)
-            register(seen, device)  # type: ignore[arg-type]
+            register(seen, device)
             seen.add(Kernel("moe", "shape", lambda facts, problem: None, print, priority=1))
 
         return device, opaque
 
+
+PARTS: dict[str, tuple[Any, Any]] = {
+    "cuda": (CUDADevice, register_cuda),
+    "rocm": (ROCmDevice, register_rocm),
+}
+"""Platform -> its device and what it registers."""
 
 TARGETS = (
     Target("cuda", "nvidia_h100", {}),
@@ -117,7 +123,7 @@ def test_every_model_stays_on_the_device(target: Target, family: str) -> None:
     made = target.executor(config(family))
     assert steps(made) == 4
     devices = {p.device for p in [*made.model.parameters(), *made.model.buffers()]}
-    assert devices == {torch.device("cuda:0")}
+    assert devices == {torch.device(target.device)}
     assert {d.what: d for d in made.info.decisions}["dtype"].chosen == "bfloat16"
 
 

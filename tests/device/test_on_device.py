@@ -1,0 +1,29 @@
+"""Guards the whole platform on its real device: every stage of `ci/run_platform`, as tests. Without
+the device each is skipped with the reason.
+
+    pytest tests/device --platform cuda
+"""
+
+from __future__ import annotations
+
+import pytest
+from device.card import Card, NoCard, open_card
+from device.stages import FULL, STAGES
+
+
+@pytest.fixture(scope="module")
+def card(request: pytest.FixtureRequest) -> Card:
+    platform = request.config.getoption("--platform")
+    if platform == "toy":
+        pytest.skip("no platform is named: pytest tests/device --platform cuda")
+    try:
+        return open_card(platform, FULL)
+    except NoCard as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage(card: Card, stage: str) -> None:
+    result = STAGES[stage](card)
+    assert result["ok"], result
