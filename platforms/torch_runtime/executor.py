@@ -18,13 +18,13 @@ from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Status
 from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable, Problem
 from ..interface_step import StepBatch, StepResult
-from .dequantised import refuse_widening
 from .device import TorchDevice
 from .dtypes import DTYPES
 from .kernels import register_generic
 from .model_runner import CacheGroup, ModelRunner
 from .model_source import ModelSource, open_source
 from .pools import TorchKVPool
+from .widened_linear import refuse_widening
 
 RUNTIME_OPS = ("kv_write", "page_copy", "sample", "logprobs")
 """Ops that the runtime calls beside the model's."""
