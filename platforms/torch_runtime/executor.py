@@ -17,7 +17,6 @@ from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Suppor
 from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable, Problem
 from ..interface_step import StepBatch, StepResult
-from .dequantised import refuse_widening
 from .device import TorchDevice
 from .dtypes import DTYPES
 from .kernels import register_generic
@@ -25,6 +24,7 @@ from .model_runner import ModelRunner
 from .model_source import ModelSource, open_source
 from .pools import TorchKVPool
 from .step_program import CacheGroup, StepProgram
+from .widened_linear import refuse_widening
 
 RUNTIME_OPS = ("kv_write", "page_copy", "sample", "logprobs")
 """Ops that the runtime calls beside the model's."""

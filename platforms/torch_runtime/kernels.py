@@ -15,12 +15,12 @@ from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from .activations import clamped_swiglu, gelu_tanh_mul, silu_mul
 from .attention import SdpaAttention
-from .dequantised import dequantised_linear
 from .device import TorchDevice
 from .experts import moe, moe_experts, moe_route
 from .latent_attention import latent_attention, merge_state
 from .recurrent import conv1d_update, gated_delta
 from .sampler import mix32, sample, signed
+from .widened_linear import widened_linear
 
 if TYPE_CHECKING:
     from ...common.ops.registry import KernelRegistry
@@ -173,5 +173,5 @@ def register_generic(registry: KernelRegistry, device: TorchDevice) -> None:
     """Add the generic kernels and the generic attention backend, at priority 0."""
     for op, fn in GENERIC.items():
         registry.add(Kernel(op, "generic", _anywhere, fn, graph_safe=op not in READS_ON_HOST))
-    registry.add(dequantised_linear(device))
+    registry.add(widened_linear(device))
     registry.add_attention(SdpaAttention(device))

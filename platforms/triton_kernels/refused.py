@@ -30,6 +30,9 @@ class RefusedAttention:
     def plan(self, *args: Any) -> NoReturn:
         refused_kernel(self._reason)
 
+    def reserve(self, *args: Any) -> NoReturn:
+        refused_kernel(self._reason)
+
     def bind(self, *args: Any) -> NoReturn:
         refused_kernel(self._reason)
 

@@ -116,10 +116,14 @@ def record(report: Report) -> dict[str, Any]:
 STYLES = {"pass": "green", "fail": "bold red", "unverified": "yellow", "unsupported": "dim"}
 
 
+LEGEND = "cases, largest error; FAIL: cases that failed; no: unsupported; ?: unverified"
+
+
 def show(report: Report, console: Console) -> None:
     console.print(f"{report.platform}: {report.suite.device} ({report.suite.evidence})")
     console.print()
     console.print(_matrix(report.verdicts))
+    console.print(Text(f"\n{LEGEND}", "dim"))
     for status in ("fail", "unverified", "unsupported", "pass"):
         _details(status, [v for v in report.verdicts if v.status == status], console)
     console.print()
@@ -140,31 +144,46 @@ def _matrix(verdicts: Sequence[Verdict]) -> Table:
 
 
 def _cell(verdict: Verdict) -> Text:
-    text = verdict.status
+    text = {"unsupported": "no", "unverified": "?"}.get(verdict.status, "")
     if verdict.status == "pass":
         largest = next(iter(verdict.errors.values()))
-        text = f"{verdict.passed} ok {largest:.0e}" if largest else f"{verdict.passed} exact"
+        text = f"{verdict.passed} {largest:.0e}" if largest else f"{verdict.passed} exact"
     if verdict.status == "fail":
-        text = f"FAIL {verdict.failed} of {verdict.executed}"
+        text = f"FAIL {verdict.failed}"
     return Text(text, STYLES[verdict.status])
 
 
 def _details(status: str, verdicts: Sequence[Verdict], console: Console) -> None:
-    """Why a cell is not a pass, and what a pass leaves out; equal reasons stand on one line."""
-    lines: dict[tuple[str, str], list[str]] = {}
+    """What failed, why a cell is not a pass, and what a pass leaves out."""
     for verdict in verdicts:
         for failure in verdict.failures:
             title = f"\nFAIL {verdict.op} {verdict.provider}"
             console.print(Text(f"{title}, case {failure.case!r} in {failure.dtype}", "red"))
             console.print(Text(f"  largest error {failure.error:.3g}; {failure.message}"))
-        for reason, count in (verdict.unverified | verdict.refused).items():
-            said = f"{verdict.op} ({count})" if verdict.executed else verdict.op
-            lines.setdefault((verdict.provider, reason), []).append(said)
+    lines = _reasons(verdicts)
     if lines:
         left_out = {"pass": "cases left out", "fail": "cases left out of what failed"}
         console.print(Text(f"\n{left_out.get(status, status)}", "bold"))
-    for (provider, reason), names in lines.items():
-        console.print(Text(f"  {provider}: {reason}: {', '.join(names)}"))
+    for (provider, reason), ops in lines.items():
+        console.print(Text(f"  {provider}: {reason}: {', '.join(ops.values())}"))
+
+
+def _reasons(verdicts: Sequence[Verdict]) -> dict[tuple[str, str], dict[str, str]]:
+    """(provider, reason) -> op -> the op and how many of its cases that left out, where others ran.
+    Several reasons of one refusal stand apart."""
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    ran = {(v.provider, v.op) for v in verdicts if v.executed}
+    for v in verdicts:
+        for joined, count in (v.unverified | v.refused).items():
+            for reason in joined.split("; "):
+                ops = counts.setdefault((v.provider, reason), {})
+                ops[v.op] = ops.get(v.op, 0) + count
+    return {
+        (provider, reason): {
+            op: f"{op} ({count})" if (provider, op) in ran else op for op, count in ops.items()
+        }
+        for (provider, reason), ops in counts.items()
+    }
 
 
 def _summary(report: Report) -> Text:

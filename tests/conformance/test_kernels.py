@@ -15,9 +15,9 @@ from sixfold.common.ops import OPS
 from sixfold.common.ops.conformance import DTYPES, run_suite
 from sixfold.common.ops.suite import contracts
 from sixfold.platforms.cpu import PLATFORM
+from sixfold.platforms.interface_kernels import Suite
 from sixfold.platforms.torch_runtime import kernels as generic
 
-SUITE = PLATFORM.conformance(cpu_facts())
 BY_THEIR_PLATFORM = {"paged_attention"}  # mlx alone has kernels: see test_mlx_kernels.py
 
 
@@ -26,9 +26,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def suite() -> Suite:
+    return PLATFORM.conformance(cpu_facts())
+
+
 @pytest.mark.parametrize("op", OPS)
-def test_every_kernel_equals_its_reference(op: str) -> None:
-    verdicts = run_suite(SUITE, {op: OPS[op]})
+def test_every_kernel_equals_its_reference(op: str, suite: Suite) -> None:
+    verdicts = run_suite(suite, {op: OPS[op]})
     if op not in BY_THEIR_PLATFORM:
         assert "pass" in {verdict.status for verdict in verdicts}, f"op {op!r} has no kernel"
     for verdict in verdicts:

@@ -44,6 +44,16 @@ def test_a_platform_without_a_fault_passes(run) -> None:
     assert "12 cases ran on 3 kernels; none failed" in result.stdout
 
 
+def test_several_reasons_of_one_refusal_stand_apart(run) -> None:
+    def requires(case: object, dtype: str) -> str:
+        return f"needs a chip; serves int4, not {dtype}"
+
+    silent = subject("silu_mul", OPS["silu_mul"].reference, "chip", requires=requires)
+    shown = run([RIGHT, silent]).stdout
+    assert shown.count("needs a chip: silu_mul") == 1
+    assert "chip: serves int4, not float16: silu_mul" in shown
+
+
 def test_a_faulty_kernel_fails_the_command_and_is_named(run) -> None:
     result = run([RIGHT, WRONG])
     assert result.exit_code == 1

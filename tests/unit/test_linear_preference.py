@@ -62,7 +62,7 @@ def test_the_registry_and_the_decisions_take_the_order_of_the_file(level: str) -
     order = next(entry for entry in table() if entry.level == level).order["float32"]
     kernels = cpu_registry(features=NEEDS[level]).kernels()
     linear = {kernel.provider: kernel.priority for kernel in kernels if kernel.op == "linear"}
-    assert sorted(linear, key=lambda name: -linear[name]) == [*order, "dequantised"]
+    assert sorted(linear, key=lambda name: -linear[name]) == [*order, "widened"]
     decisions = CpuDevice(cpu_facts(features=NEEDS[level])).decisions()
     (decision,) = (d for d in decisions if d.what == "order of linear kernels")
     assert decision.chosen == ", ".join(order)

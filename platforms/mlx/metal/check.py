@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from ....common.ops import OPS
+from ....common.ops.conformance import as_list, difference
 from ...interface_kernels import Case
-from ..conformance import arguments
+from ..conformance import arguments, to_numpy
 
 
 def refusal(
@@ -32,7 +33,7 @@ def refusal(
 
 def _run(fn: Callable[..., Any], op: str, case: Case, dtype: mx.Dtype) -> list[mx.array]:
     found = fn(**arguments(OPS[op], case.args, dtype))
-    arrays = list(found) if isinstance(found, tuple) else [found]
+    arrays = as_list(found)
     mx.eval(arrays)
     return arrays
 
@@ -42,17 +43,10 @@ def _difference(op: str, made: list[mx.array], wanted: list[mx.array], dtype: mx
     for a, b in zip(made, wanted, strict=True):
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             return f"{a.dtype} {a.shape} instead of {b.dtype} {b.shape}"
-        left, right = (np.array(x.astype(mx.float32) if _is_float(x) else x) for x in (a, b))
-        close = np.isclose(
-            left.astype(np.float64), right, tolerance.rtol, tolerance.atol, equal_nan=True
-        )
-        if not close.all():
-            return f"{int((~close).sum())} of {close.size} elements"
+        apart = difference([to_numpy(a)], [to_numpy(b)], tolerance)[1]
+        if apart:
+            return apart
     return ""
-
-
-def _is_float(x: mx.array) -> bool:
-    return bool(mx.issubdtype(x.dtype, mx.floating))
 
 
 def _first_line(error: Exception) -> str:

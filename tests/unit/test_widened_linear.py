@@ -17,8 +17,8 @@ from sixfold.common.errors import KernelError
 from sixfold.common.ops.registry import KernelRegistry
 from sixfold.models.loading import build_model, kernel_problems, load_weights
 from sixfold.platforms.interface_kernels import KernelTable, Problem
-from sixfold.platforms.torch_runtime.dequantised import PROVIDER, prepare, refuse_widening
 from sixfold.platforms.torch_runtime.kernels import register_generic
+from sixfold.platforms.torch_runtime.widened_linear import PROVIDER, prepare, refuse_widening
 
 PLAIN = Problem("linear", "bfloat16", {"k": 64, "n": 64, "bias": 0})
 PACKED = Problem("linear", "bfloat16", {"k": 64, "n": 64, "bias": 0}, "awq_int4")

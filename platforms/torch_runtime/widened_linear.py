@@ -19,7 +19,7 @@ from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, KernelTable, Problem
 from .device import TorchDevice
 
-PROVIDER = "dequantised"
+PROVIDER = "widened"
 PRIORITY = -100
 """Below everything: matrices converted once, at load, are faster."""
 
@@ -126,7 +126,7 @@ def refuse_widening(table: KernelTable, named: Mapping[str, str]) -> None:
         )
 
 
-def dequantised_linear(device: TorchDevice) -> Kernel:
+def widened_linear(device: TorchDevice) -> Kernel:
     def on_device(weight: Any, problem: Problem) -> Tensor | Form:
         return prepare(weight, problem, device)
 
