@@ -78,6 +78,12 @@ def cases(rng: np.random.Generator) -> Iterable[Case]:
     # Every row to expert 3, nobody to expert 0.
     crowd = normal(rng, 30, 4) + np.array([-40, 0, 0, 40], np.float32)
     yield _case(rng, "one_expert_for_all", crowd, (20, 8), 2, False)
+    # As many rows an expert as tiles have, one less and one more.
+    counts = (1, 15, 16, 17, 0, 33, 64)
+    favourite = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    logits = normal(rng, len(favourite), len(counts))
+    logits[np.arange(len(favourite)), favourite] += 40
+    yield _case(rng, "counts_about_tiles", logits, (8, 4), 1, True)
 
 
 def _case(
