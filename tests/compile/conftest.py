@@ -9,7 +9,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ALONE = all("tests/compile" in word for word in sys.argv[1:] if not word.startswith("-"))
+ASKED = [word for word in sys.argv[1:] if Path(word.split("::")[0]).exists()]
+ALONE = bool(ASKED) and all("tests/compile" in word for word in ASKED)
 COMPILES = os.environ.get("TRITON_INTERPRET") != "1" and find_spec("triton") is not None
 
 collect_ignore_glob = [] if ALONE and COMPILES else ["test_*.py"]

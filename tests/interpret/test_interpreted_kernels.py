@@ -99,7 +99,7 @@ FAULTS = [
     ("sample", "wins = value > most", "wins = value >= most"),
     ("sample", "tl.where(x == x, x, float(\"-inf\"))", "tl.where(x == x, x, 9.0)"),
     ("moe", "logit = logit.to(tl.float32)", "logit = -logit.to(tl.float32)"),
-    ("moe", "* BLOCK_M, 0), axis=0)", "* (BLOCK_M - 1), 0), axis=0)"),
+    ("moe", "* BLOCK_M, 0), axis=0)", "* (BLOCK_M + 1), 0), axis=0)"),
 ]  # fmt: skip
 
 
