@@ -14,11 +14,11 @@ test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest $(ARGS)
 
 # Triton's interpreter is a mode of a whole process: these tests have one of their own.
-interpret: $(VENV)/.ready-test
+interpret: $(VENV)/.ready-dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret $(ARGS)
 
 # Every Triton kernel compiled for GPUs that are not here, against the recorded needs of each.
-compiled: $(VENV)/.ready-test
+compiled: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest tests/compile
 	$(BIN)/python ci/compile_table.py --check $(ARGS)
 

@@ -91,13 +91,11 @@ class TritonAttention:
     def plan(self, batch: StepBatch, group: KVGroup) -> TritonPlan:
         return plan_step(batch, group)
 
-    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int = 0) -> BoundPlan:
+    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int) -> BoundPlan:
         """Buffers for steps of at most so many rows and tokens, at addresses that stay. `longest`
-        is the most tokens of a row with its context; 0: as many as the group has pages for."""
+        is the most tokens of a row with its context."""
         room = Room.bucket(rows, tokens, *self._tiles(group).queries)
-        pages = group.pages
-        if longest:
-            pages = min(pages, -(-longest // group.page_size) + 1)
+        pages = min(group.pages, -(-longest // group.page_size) + 1)
         buffer = self._device.empty((room.pages_at + rows * pages,), torch.int32)
         buffer.zero_()
         return self._bound(group, room, buffer)

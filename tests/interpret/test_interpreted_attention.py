@@ -10,21 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.attention_checks import LAYER, LAYERS, cpu_device, fill, run_case, step_batch
-from support.kernel_checks import cpu_facts, cpu_registry, round_case
+from support.attention_checks import run_case
+from support.kernel_checks import cpu_device, cpu_facts, cpu_registry
 from support.triton_checks import attention_backend, small_cut, triton_facts, with_fault
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sixfold.common.errors import KernelError
 from sixfold.common.ops import OPS
 from sixfold.common.ops.attention import flat_slots
+from sixfold.common.ops.conformance import round_case
+from sixfold.common.ops.suite import group_of, step_of
 from sixfold.platforms.interface_attention import AttentionSpec
 from sixfold.platforms.interface_kernels import Case, Problem
-from sixfold.platforms.interface_kv import KVGroup, KVKind
+from sixfold.platforms.torch_runtime.conformance import LAYER, LAYERS, TorchRunner
 from sixfold.platforms.torch_runtime.pools import TorchKVPool
 from sixfold.platforms.triton_kernels import attention
 
 OP = OPS["attention"]
+LONGEST = 1 << 20  # more than any group here has pages for
 CASES = {case.name: case for case in OP.cases(np.random.default_rng(7))}
 
 
@@ -77,21 +80,21 @@ class World:
     """A backend, its group and a pool filled as a case wants it."""
 
     def __init__(self, case: Case) -> None:
-        args = self.args = dict(case.args)
-        size, window = args["page_size"], args["window"]
-        slots, kv_heads, dim = args["keys"].shape
-        kind = KVKind.WINDOW if window else KVKind.FULL
-        self.group = KVGroup("g", kind, size, slots // size, window)
+        self.case, args = case, dict(case.args)
+        self.args = args
+        window = args["window"]
+        _, kv_heads, dim = args["keys"].shape
+        self.group = group_of(case)
         self.spec = AttentionSpec(args["q"].shape[1], kv_heads, dim, args["scale"], window)
         self.backend = attention_backend(small_cut())
         ops = [Problem(op, "float32") for op in ("kv_write", "page_copy")]
         table = cpu_registry().resolve(ops, cpu_facts(), {})
         layout = self.backend.layout(self.group, self.spec, LAYERS)
         self.pool = TorchKVPool(self.group, layout, cpu_device(), table)
-        fill(self.pool, args["keys"], args["values"])
+        TorchRunner(cpu_device()).fill(self.pool, args["keys"], args["values"])
 
     def plan(self) -> Any:
-        return self.backend.plan(step_batch(self.args, "g"), self.group)
+        return self.backend.plan(step_of(self.case), self.group)
 
     def run(self, bound: Any, tokens: int = 0) -> torch.Tensor:
         """`tokens`: of the room, those beyond the step's filled with something else."""
@@ -111,7 +114,7 @@ def test_a_reserved_plan_gives_what_an_eager_one_gives(name: str, more: tuple[in
     eager, reserved = World(CASES[name]), World(CASES[name])
     want = eager.run(eager.backend.bind(eager.plan()))
     rows, tokens = len(eager.args["context_lens"]) + more[0], len(eager.args["q"]) + more[1]
-    room = reserved.backend.reserve(reserved.group, rows, tokens)
+    room = reserved.backend.reserve(reserved.group, rows, tokens, LONGEST)
     bound = reserved.backend.bind(reserved.plan(), room)
     got = reserved.run(bound, tokens)
     assert torch.equal(got[: len(want)], want)
@@ -125,7 +128,7 @@ def test_a_reserved_plan_gives_what_an_eager_one_gives(name: str, more: tuple[in
 def test_a_second_plan_leaves_nothing_of_the_first(stale: int) -> None:
     world = World(CASES["decode_page_boundary"])
     want = World(CASES["decode_page_boundary"])
-    bound = world.backend.reserve(world.group, 5, 5)
+    bound = world.backend.reserve(world.group, 5, 5, LONGEST)
     addresses = [t.data_ptr() for t in (bound.slots, bound.narrow, bound.pages, bound.partial)]
     bound.buffer.fill_(stale)
     bound.partial.fill_(torch.nan)
@@ -140,7 +143,7 @@ def test_a_second_plan_leaves_nothing_of_the_first(stale: int) -> None:
 
 def test_a_room_for_as_many_tokens_as_rows_takes_longer_rows_too() -> None:
     eager, reserved = World(CASES["mixed_mqa_128"]), World(CASES["mixed_mqa_128"])
-    bound = reserved.backend.reserve(reserved.group, 13, 13)
+    bound = reserved.backend.reserve(reserved.group, 13, 13, LONGEST)
     assert bound.room.wide == 0
     reserved.backend.bind(reserved.plan(), bound)
     want = eager.run(eager.backend.bind(eager.plan()))
@@ -150,13 +153,13 @@ def test_a_room_for_as_many_tokens_as_rows_takes_longer_rows_too() -> None:
 def test_what_does_not_fit_a_room_is_refused() -> None:
     world = World(CASES["prefill"])
     with pytest.raises(KernelError, match="21 tokens does not fit a room for 20"):
-        world.backend.bind(world.plan(), world.backend.reserve(world.group, 1, 20))
+        world.backend.bind(world.plan(), world.backend.reserve(world.group, 1, 20, LONGEST))
     narrow = replace(world.group, pages=1)
     with pytest.raises(KernelError, match="lists 2 pages, its room has 1"):
-        world.backend.bind(world.plan(), world.backend.reserve(narrow, 1, 21))
+        world.backend.bind(world.plan(), world.backend.reserve(narrow, 1, 21, LONGEST))
     mixed = World(CASES["mixed"])
     with pytest.raises(KernelError, match="has 3 narrow items, its room 1"):
-        mixed.backend.bind(mixed.plan(), mixed.backend.reserve(mixed.group, 1, 64))
+        mixed.backend.bind(mixed.plan(), mixed.backend.reserve(mixed.group, 1, 64, LONGEST))
 
 
 class Allocations(TorchDispatchMode):
@@ -190,7 +193,7 @@ def test_a_run_depends_on_the_room_alone_and_makes_only_its_result(
 ) -> None:
     logs: list[list[Any]] = []
     world = World(CASES["decode_unlike_lengths"])
-    bound = world.backend.reserve(world.group, 5, 12)
+    bound = world.backend.reserve(world.group, 5, 12, LONGEST)
     for kernel in ("attention_kernel", "merge_kernel"):
         monkeypatch.setattr(attention, kernel, Recorded([]))
     monkeypatch.setattr(attention, "write_pages", lambda *_: None)
