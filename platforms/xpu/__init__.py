@@ -1,4 +1,4 @@
-"""Intel GPUs through torch's XPU build: generic kernels only, so far."""
+"""Intel GPUs through torch's XPU build, with Triton's kernels; never run on one yet."""
 
 from __future__ import annotations
 
@@ -101,18 +101,24 @@ class XPUPlatform:
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
         from ..torch_runtime.executor import TorchExecutor
         from .device import XPUDevice
+        from .kernels import register
 
-        return TorchExecutor(spec, XPUDevice(facts, f"xpu:{spec.device_index}"))
+        device = XPUDevice(facts, f"xpu:{spec.device_index}")
+        return TorchExecutor(spec, device, lambda registry: register(registry, device))
 
     def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
+        from .kernels import register
+
         if interpreted:
             from ..torch_runtime.interpreted import interpreted_suite
 
-            return interpreted_suite(facts or device_facts(RECORDED, machine_with(RECORDED)))
+            recorded = facts or device_facts(RECORDED, machine_with(RECORDED))
+            return interpreted_suite(recorded, register)
         from ..torch_runtime.conformance import device_suite
         from .device import XPUDevice
 
-        return device_suite(XPUDevice(present(facts, self.name), "xpu:0"))
+        device = XPUDevice(present(facts, self.name), "xpu:0")
+        return device_suite(device, lambda registry: register(registry, device))
 
 
 PLATFORM = XPUPlatform()

@@ -1,5 +1,4 @@
-"""Guards which kernel and which attention backend the CUDA and ROCm platforms choose on recorded
-machines, with and without the libraries they know, and every reason why another was refused. What
+"""Guards which kernel and which attention backend the GPU platforms choose on recorded machines, with and without the libraries they know, and every reason why another was refused. What
 the user names is taken or refused, never replaced. Nothing runs: registration and `requires` only.
 """
 
@@ -29,9 +28,15 @@ from sixfold.platforms.torch_runtime.executor import RUNTIME_OPS
 from sixfold.platforms.torch_runtime.interpreted import HostedDevice
 from sixfold.platforms.torch_runtime.kernels import register_generic
 from sixfold.platforms.triton_kernels import register as triton_register
+from sixfold.platforms.xpu.kernels import register as register_xpu
 
 FLASHINFER = {"flashinfer-python": "0.7.2.post1"}
 AITER = {"amd-aiter": "0.1.7"}
+REGISTER: dict[str, Callable[..., None]] = {
+    "cuda": register_cuda,
+    "rocm": register_rocm,
+    "xpu": register_xpu,
+}
 MODELS = {"llama": fewer(LLAMA_8B, 1), "gemma": fewer(GEMMA_3_4B, 6)}
 NO_TRITON = "triton is not installed"
 
@@ -61,7 +66,7 @@ class _Module:
 
 def facts_of(machine: str, libraries: dict[str, str] | None = None) -> DeviceFacts:
     found = select.probe_all(load(machine)[0])
-    name = "cuda" if machine.startswith("nvidia") else "rocm"
+    name = {"nvidia": "cuda", "amd": "rocm", "intel": "xpu"}[machine.partition("_")[0]]
     facts = found[name].devices[0]
     return replace(facts, libraries={**facts.libraries, **(libraries or {})})
 
@@ -80,8 +85,7 @@ class Choices:
     ) -> None:
         registry, device = KernelRegistry(), HostedDevice(facts)
         register_generic(registry, device)
-        register: Callable[..., None] = register_cuda if facts.kind == "cuda" else register_rocm
-        register(registry, device)
+        REGISTER[facts.kind](registry, device)
         built = RandomSource(MODELS[model]).build(KernelTable({}, ()), torch.bfloat16, "")
         assign_schemes(built, quantize, {})
         layers = [module for module in built.modules() if hasattr(module, "problems")]
@@ -102,7 +106,14 @@ class Choices:
 
 
 PORTABLE = ("rope", "silu_mul", "embedding", "kv_write", "page_copy")
-MACHINES = ("nvidia_h100", "nvidia_b200", "amd_mi300x", "amd_mi355x", "amd_radeon_gfx1100")
+MACHINES = (
+    "nvidia_h100",
+    "nvidia_b200",
+    "amd_mi300x",
+    "amd_mi355x",
+    "amd_radeon_gfx1100",
+    "intel_arc_b580",
+)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -110,7 +121,8 @@ def test_triton_serves_every_machine_without_libraries(machine: str) -> None:
     choices = Choices(facts_of(machine))
     assert choices.attention == "triton"
     assert choices.provider(*PORTABLE, "rms_norm", "add_rms_norm") == {"triton"}
-    assert choices.provider("sample", "logprobs") == {"generic"}
+    assert choices.provider("sample") == {"triton"}
+    assert choices.provider("logprobs") == {"generic"}
     gemma = Choices(facts_of(machine), "gemma")
     assert gemma.attention == "triton"
     assert gemma.provider("rms_norm", "qk_norm_rope", "gelu_tanh_mul") == {"triton"}

@@ -32,6 +32,8 @@ from sixfold.platforms.interface_kernels import Kernel
 from sixfold.platforms.interface_step import LAST_TOKEN
 from sixfold.platforms.rocm.device import ROCmDevice
 from sixfold.platforms.rocm.kernels import register as register_rocm
+from sixfold.platforms.xpu.device import XPUDevice
+from sixfold.platforms.xpu.kernels import register as register_xpu
 
 OPAQUE = frozenset({"triton", "flashinfer", "aiter", "shape"})
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3")
@@ -72,6 +74,7 @@ class Target:
 PARTS: dict[str, tuple[Any, Any]] = {
     "cuda": (CUDADevice, register_cuda),
     "rocm": (ROCmDevice, register_rocm),
+    "xpu": (XPUDevice, register_xpu),
 }
 """Platform -> its device and what it registers."""
 
@@ -80,6 +83,7 @@ TARGETS = (
     Target("cuda", "nvidia_b200", {"flashinfer-python": "0.7.2.post1"}),
     Target("rocm", "amd_mi300x", {}),
     Target("rocm", "amd_mi355x", {"amd-aiter": "0.1.7"}),
+    Target("xpu", "intel_arc_b580", {}, "xpu:0"),
 )
 """Between them: attention by Triton, FlashInfer and aiter."""
 
