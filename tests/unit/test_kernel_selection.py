@@ -1,5 +1,6 @@
-"""Guards which kernel and which attention backend the GPU platforms choose on recorded machines, with and without the libraries they know, and every reason why another was refused. What
-the user names is taken or refused, never replaced. Nothing runs: registration and `requires` only.
+"""Guards which kernel and which attention backend the GPU platforms choose on recorded machines,
+with and without the libraries they know, and every reason why another was refused. What the user
+names is taken or refused, never replaced. Nothing runs: registration and `requires` only.
 """
 
 from __future__ import annotations
