@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...platforms.interface_kernels import Case, Op, Subject, Suite, Tolerance
+from ..errors import KernelError
 from .contract import F32
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,7 +87,12 @@ def check_op(
                 continue
             if expected is None:
                 expected = as_list(op.reference(**case.args))
-            _record(verdict, case, dtype, *_outcome(op, subject, case, dtype, expected))
+            try:
+                error, message = _outcome(op, subject, case, dtype, expected)
+            except KernelError as refusal:  # of what `requires` cannot see, a size of pages
+                _count(verdict.refused, str(refusal))
+            else:
+                _record(verdict, case, dtype, error, message)
     return verdicts
 
 
@@ -106,19 +112,26 @@ def _runs(subject: Subject, verdict: Verdict, case: Case, dtype: str) -> bool:
     """What the device refuses is no question of where the suite runs, so that is asked first."""
     reason = subject.requires(case, dtype)
     if reason is not None:
-        verdict.refused[reason] = verdict.refused.get(reason, 0) + 1
+        _count(verdict.refused, reason)
         return False
     if elsewhere := subject.unverified(dtype):
-        verdict.unverified[elsewhere] = verdict.unverified.get(elsewhere, 0) + 1
+        _count(verdict.unverified, elsewhere)
         return False
     return True
+
+
+def _count(reasons: dict[str, int], reason: str) -> None:
+    reasons[reason] = reasons.get(reason, 0) + 1
 
 
 def _outcome(
     op: Op, subject: Subject, case: Case, dtype: str, expected: Sequence[NDArray[Any]]
 ) -> tuple[float, str]:
+    """Raises KernelError where the subject itself refuses the case."""
     try:
         got = subject.run(case, dtype)
+    except KernelError:
+        raise
     except Exception as error:  # a broken kernel may raise anything; the run goes on
         return float("nan"), f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return difference(got, expected, op.tolerance[dtype])

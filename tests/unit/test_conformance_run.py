@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from checked_platform import one_row_late, subject
 
+from sixfold.common.errors import KernelError
 from sixfold.common.ops import OPS
 from sixfold.common.ops.conformance import DTYPES, check_op, difference, round_case, round_to
 from sixfold.platforms.interface_kernels import Case, Tolerance
@@ -79,6 +80,18 @@ def test_failures_are_counted_and_only_the_first_are_kept() -> None:
     (verdict,) = check_op(OPS["silu_mul"], [subject("silu_mul", wrong)], dtypes=["float32"])
     assert (verdict.failed, verdict.passed, len(verdict.failures)) == (3, 1, 3)
     assert verdict.failures[0].error == pytest.approx(1, abs=1e-6)
+
+
+def test_what_a_kernel_itself_refuses_is_left_out_with_the_reason() -> None:
+    def picky(**args: Any) -> Any:
+        if args["gate"].shape[0] == 1:
+            raise KernelError("no single rows")
+        return OPS["silu_mul"].reference(**args)
+
+    (verdict,) = check_op(OPS["silu_mul"], [subject("silu_mul", picky)], dtypes=["float32"])
+    assert verdict.status == "pass"
+    assert set(verdict.refused) == {"no single rows"}
+    assert verdict.passed + sum(verdict.refused.values()) == 4
 
 
 # ---- an off-by-one in every kind of op is caught; the numpy references are the kernels
