@@ -96,9 +96,15 @@ class EngineStats(Message):
 
 
 class Loading(Message):
+    """How far a start has come. 0 of 0: a stage that does not say."""
+
     stage: str
-    done_bytes: int = 0
-    total_bytes: int = 0
+    done: int = 0
+    total: int = 0
+
+    @property
+    def percent(self) -> int:
+        return 100 * self.done // self.total if self.total else 0
 
 
 class Ready(Message):

@@ -182,7 +182,9 @@ class Executor(Protocol):
 
 
 class LoadProgress(Protocol):
-    def __call__(self, done_bytes: int, total_bytes: int) -> None: ...
+    """Bytes of weights, unless `stage` says what else is counted."""
+
+    def __call__(self, done: int, total: int, stage: str = "loading weights") -> None: ...
 
 
 @runtime_checkable

@@ -74,7 +74,7 @@ def _serve(socket: zmq.Socket[bytes], config: EngineConfig, located: Located) ->
         now = time.monotonic()
         if now - last > 0.1 or done >= total:
             last = now
-            socket.send(m.encode(m.Loading(stage=stage, done_bytes=done, total_bytes=total)))
+            socket.send(m.encode(m.Loading(stage=stage, done=done, total=total)))
 
     launched = build(config, located, progress)
     try:

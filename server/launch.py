@@ -14,7 +14,7 @@ from ..common.decisions import DecisionLog, to_record
 from ..common.engine import Engine
 from ..common.errors import ConfigError, KernelError
 from ..common.messages import Ready
-from ..platforms.interface import Decision, DeviceFacts, EngineSpec, ExecutorInfo
+from ..platforms.interface import Decision, DeviceFacts, EngineSpec, ExecutorInfo, LoadProgress
 
 log = logging.getLogger("sixfold.engine")
 
@@ -85,7 +85,7 @@ def build(config: EngineConfig, located: Located, progress: Progress = quiet) ->
     platform = select.platforms()[choice.chosen]
     executor = platform.executor(_spec(config, located.path), facts)
     try:
-        info = executor.load(lambda done, total: progress("loading weights", done, total))
+        info = executor.load(_staged(progress))
         log.extend(info.decisions)
         log.extend(_settings(config, info))
         if config.strict:
@@ -95,6 +95,13 @@ def build(config: EngineConfig, located: Located, progress: Progress = quiet) ->
         executor.close()
         raise
     return Launched(engine, _ready(choice.chosen, config, info, log), log)
+
+
+def _staged(progress: Progress) -> LoadProgress:
+    def tell(done: int, total: int, stage: str = "loading weights") -> None:
+        progress(stage, done, total)
+
+    return tell
 
 
 def _device(platform: str, devices: tuple[DeviceFacts, ...], index: int) -> DeviceFacts:

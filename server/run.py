@@ -156,7 +156,7 @@ class Server:
         loop = asyncio.get_running_loop()
 
         def progress(stage: str, done: int, total: int) -> None:
-            message = Loading(stage=f"fetching {stage}", done_bytes=done, total_bytes=total)
+            message = Loading(stage=f"fetching {stage}", done=done, total=total)
             loop.call_soon_threadsafe(self._loading, message)
 
         located = await asyncio.to_thread(locate, options.engine.model, progress)

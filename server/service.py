@@ -79,10 +79,7 @@ class Service:
     @property
     def progress(self) -> str:
         now = self.loading
-        if not now.total_bytes:
-            return now.stage
-        share = 100 * now.done_bytes // now.total_bytes
-        return f"{now.stage} {share} % of {now.total_bytes / 1e6:.0f} MB"
+        return f"{now.stage} {now.percent} %" if now.total else now.stage
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for a model that is not the one served."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..interface import Decision
+from ..interface import Decision, LoadProgress
 from ..interface_step import StepBatch
 from ..torch_runtime.step_program import NotCaptured, StepProgram, StepRunner
 from .instruction_order import buffer_finder, order
@@ -126,7 +126,11 @@ class StepRecorder:
         self._issuer = issuer
 
     def capture(
-        self, program: StepProgram, max_rows: int, max_tokens: int
+        self,
+        program: StepProgram,
+        max_rows: int,
+        max_tokens: int,
+        progress: LoadProgress | None,
     ) -> tuple[StepRunner, Decision]:
         """Checked on two tokens that go to the null pages. Raises NotCaptured."""
         bound = program.bind(program.plan(program.rehearsal([2])))

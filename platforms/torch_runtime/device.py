@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..interface import Decision, DeviceFacts, Event, Status, Support
+from ..interface import Decision, DeviceFacts, Event, LoadProgress, Status, Support
 
 if TYPE_CHECKING:
     from .step_program import StepProgram, StepRunner
@@ -19,9 +19,14 @@ class Graphs(Protocol):
     steps of every size (the CPU's), and one per number of rows (`graph_runner`)."""
 
     def capture(
-        self, program: StepProgram, max_rows: int, max_tokens: int
+        self,
+        program: StepProgram,
+        max_rows: int,
+        max_tokens: int,
+        progress: LoadProgress | None,
     ) -> tuple[StepRunner, Decision]:
-        """A runner that gives what `program.run` gives. Raises NotCaptured with the reason."""
+        """A runner that gives what `program.run` gives; `progress` counts captured steps. Raises
+        NotCaptured with the reason."""
         ...
 
 

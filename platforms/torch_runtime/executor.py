@@ -121,7 +121,7 @@ class TorchExecutor:
         self._runner = ModelRunner(
             model, program, self.pools, ops, device, spec.max_rows, source.vocab_size
         )
-        log.extend([self._runner.capture(spec.graphs, spec.max_step_tokens)])
+        log.extend([self._runner.capture(spec.graphs, spec.max_step_tokens, progress)])
         return self._info(source, plan, dtype, weight_bytes, log)
 
     def _dtype(self, source: ModelSource, log: DecisionLog) -> str:

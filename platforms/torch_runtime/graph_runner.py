@@ -8,14 +8,13 @@ step runs op by op on fresh buffers.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ...common.errors import KernelError
-from ..interface import Decision
+from ..interface import Decision, LoadProgress
 from ..interface_step import StepBatch
 from .step_program import NotCaptured, StepProgram
 
@@ -29,8 +28,6 @@ relies on what another left, other than in its reserved buffers."""
 AGREEMENT = 1e-2
 """Largest difference between a replay and the work recorded, as a share of the largest value: two
 runs of one kernel may sum in another order, a broken recording is wrong altogether."""
-
-log = logging.getLogger(__name__)
 
 
 def bucket_sizes(most: int) -> list[int]:
@@ -91,6 +88,7 @@ class GraphRunner:
         record: Record | None,
         sizes: Sequence[int],
         device: torch.device,
+        progress: LoadProgress | None = None,
     ) -> None:
         """Raises NotCaptured. The largest bucket is captured first, so that the others fit into
         the memory that it took."""
@@ -106,7 +104,8 @@ class GraphRunner:
                 raise NotCaptured(str(error)) from None
             if record is not None:
                 bucket.record(record)
-                log.info("captured the step of %d rows (%d of %d)", rows, count, len(sizes))
+                if progress is not None:
+                    progress(count, len(sizes), "capturing decode steps")
             self.buckets.insert(0, bucket)
 
     def bucket_of(self, batch: StepBatch) -> Bucket | None:
@@ -122,11 +121,16 @@ class GraphRunner:
 
 
 def capture_by_rows(
-    program: StepProgram, record: Record, max_rows: int, device: torch.device, how: str
+    program: StepProgram,
+    record: Record,
+    max_rows: int,
+    device: torch.device,
+    how: str,
+    progress: LoadProgress | None = None,
 ) -> tuple[GraphRunner, Decision]:
     """Raises NotCaptured. `how` names what records, for the decision."""
     sizes = bucket_sizes(max_rows)
-    runner = GraphRunner(program, record, sizes, device)
+    runner = GraphRunner(program, record, sizes, device, progress)
     because = (
         f"{how}: decode steps in buckets of {', '.join(map(str, sizes))} rows are replayed; "
         "steps with longer rows run op by op"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...common.errors import ConfigError
 from ...models.base import Model
-from ..interface import Decision
+from ..interface import Decision, LoadProgress
 from ..interface_kernels import KernelTable
 from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, Want
 from ..sampling_rows import select_rows
@@ -51,7 +51,9 @@ class ModelRunner:
         self._step: StepRunner = program.run
 
     @torch.inference_mode()
-    def capture(self, wanted: str | None, max_tokens: int) -> Decision:
+    def capture(
+        self, wanted: str | None, max_tokens: int, progress: LoadProgress | None = None
+    ) -> Decision:
         """Let the device capture the step. `wanted`: "on", "off", or None where the user left it to
         the device. Raises ConfigError when "on" cannot be had."""
         if wanted == "off":
@@ -60,7 +62,8 @@ class ModelRunner:
             graphs = self._device.graphs
             if graphs is None:
                 raise NotCaptured("this device captures nothing")
-            self._step, decision = graphs.capture(self._program, self._max_rows, max_tokens)
+            captured = graphs.capture(self._program, self._max_rows, max_tokens, progress)
+            self._step, decision = captured
         except NotCaptured as error:
             if wanted == "on":
                 raise ConfigError(f"--graphs on cannot be had: {error}. Use off.") from None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..interface import Decision
+from ..interface import Decision, LoadProgress
 from .graph_runner import GraphRunner, Work, capture_by_rows
 from .step_program import StepProgram
 
@@ -29,10 +29,14 @@ class StreamGraphs:
         self._pool: Any = None
 
     def capture(
-        self, program: StepProgram, max_rows: int, max_tokens: int
+        self,
+        program: StepProgram,
+        max_rows: int,
+        max_tokens: int,
+        progress: LoadProgress | None,
     ) -> tuple[GraphRunner, Decision]:
         """Raises NotCaptured."""
-        return capture_by_rows(program, self.record, max_rows, self._device, self._kind)
+        return capture_by_rows(program, self.record, max_rows, self._device, self._kind, progress)
 
     def record(self, work: Work) -> Work:
         for _ in range(REHEARSALS):

@@ -181,8 +181,7 @@ class _Terminal:
 
     def loading(self, message: Loading) -> None:
         if sys.stderr.isatty():
-            share = 100 * message.done_bytes // message.total_bytes if message.total_bytes else 0
-            click.echo(f"\r\033[K{message.stage} {share} %", err=True, nl=False)
+            click.echo(f"\r\033[K{message.stage} {message.percent} %", err=True, nl=False)
         elif message.stage != self._stage:
             click.echo(f"{message.stage} ...", err=True)
         self._stage = message.stage

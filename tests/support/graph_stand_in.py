@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sixfold.platforms.interface import Decision
+from sixfold.platforms.interface import Decision, LoadProgress
 from sixfold.platforms.torch_runtime.graph_runner import GraphRunner, bucket_sizes, capture_by_rows
 from sixfold.platforms.torch_runtime.step_program import StepProgram
 
@@ -130,13 +130,17 @@ class StandInGraphs:
         self.runner: GraphRunner | None = None
 
     def capture(
-        self, program: StepProgram, max_rows: int, max_tokens: int
+        self,
+        program: StepProgram,
+        max_rows: int,
+        max_tokens: int,
+        progress: LoadProgress | None,
     ) -> tuple[GraphRunner, Decision]:
         if not self._captures:
             self.runner = GraphRunner(program, None, bucket_sizes(max_rows), self._device)
             return self.runner, Decision("step", "in buckets", "what a capture would hold")
         self.runner, decision = capture_by_rows(
-            program, self.record, max_rows, self._device, "a stand-in"
+            program, self.record, max_rows, self._device, "a stand-in", progress
         )
         return self.runner, decision
 

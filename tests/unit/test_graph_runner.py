@@ -182,15 +182,19 @@ def test_buckets_rise_to_the_most_rows_and_pad_little(most: int) -> None:
         assert large - small <= max(8, small // 4)
 
 
-def test_large_buckets_are_captured_first(caplog: pytest.LogCaptureFixture) -> None:
+def test_large_buckets_are_captured_first_and_each_is_told() -> None:
+    told: list[tuple[int, int, str]] = []
     stand_in = StandInGraphs()
     made = executor(stand_in)
-    with caplog.at_level("INFO"):
-        decision = decided(made)
+
+    def progress(done: int, total: int, stage: str = "") -> None:
+        told.append((done, total, stage))
+
+    decision = {d.what: d for d in made.load(progress).decisions}["step"]
     made.close()
-    told = [r.getMessage() for r in caplog.records if "captured" in r.getMessage()]
-    assert told[0] == "captured the step of 12 rows (1 of 5)"
-    assert told[-1] == "captured the step of 1 rows (5 of 5)"
+    counted = [(done, total) for done, total, stage in told if stage == "capturing decode steps"]
+    assert counted == [(n, 5) for n in range(1, 6)]
+    assert [len(recording.result) for recording in stand_in.recordings] == [12, 8, 4, 2, 1]
     assert decision.chosen == "captured"
     assert "1, 2, 4, 8, 12 rows" in decision.because
 
