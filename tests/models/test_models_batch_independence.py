@@ -55,11 +55,10 @@ def decoding(first: int, last: int, windows: dict[str, int]) -> StepBatch:
 
 
 def logits_of(runner: ModelRunner, batch: StepBatch) -> Tensor:
-    runner._bind(batch)
     ids, positions = (
         torch.from_numpy(x.astype(np.int64)) for x in (batch.token_ids, batch.context_lens)
     )
-    return runner._model.logits(runner._step(ids, positions)).clone()
+    return runner._model.logits(runner._step(batch, ids, positions)).clone()
 
 
 @torch.inference_mode()
