@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ...common.checkpoint.block_floats import MX_GROUP, SQUARE, Fp8Blocks, Mxfp4Rows
-from ...common.checkpoint.packed_schemes import PACKED
 from ...common.checkpoint.quantised_rows import GROUP, QuantisedRows
 from ...common.errors import KernelError
 from ..interface_kernels import Problem
@@ -28,10 +27,6 @@ from ..torch_runtime.rounding import round_int4, round_int8
 INT8, INT4, FP8, MXFP4 = range(4)
 PLAIN, ZEROS, MINIMUMS = range(3)
 """What is taken from a number: nothing (8 from INT4), a zero, or a minimum from the product."""
-
-INTEGERS = PACKED | {"int8", "int4"}
-"""Schemes of whole numbers; the last two are made on load."""
-SCHEMES = INTEGERS | {"fp8_block", "mxfp4"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

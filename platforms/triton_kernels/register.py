@@ -10,10 +10,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from ...common.checkpoint.packed_schemes import PACKED
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from . import tuning
-from .packed_matrix import INTEGERS, SCHEMES, PackedMatrix, pack
 from .refused import RefusedAttention, refused_kernel
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ...common.ops.registry import KernelRegistry
     from ..torch_runtime.device import TorchDevice
+    from .packed_matrix import PackedMatrix
 
 PRIORITY = 10
 """Above the generic kernels, below what a platform has of its own."""
@@ -44,6 +45,10 @@ OPS = {
 
 PRODUCTS = frozenset({"linear", "moe"})
 """Ops that multiply matrices in the dtype of their inputs."""
+
+INTEGERS = PACKED | {"int8", "int4"}
+"""Schemes of whole numbers; the last two are made on load."""
+SCHEMES = INTEGERS | {"fp8_block", "mxfp4"}
 
 WEIGHTS = {"linear": SCHEMES, "embedding": INTEGERS}
 """Op -> schemes of its matrix. Plain ones beside quantised ones take torch's product in `linear`; a
@@ -81,6 +86,8 @@ def register_triton(registry: KernelRegistry, device: TorchDevice) -> None:
     reason = missing() or tuning.refusal(device.facts)
 
     def prepare(weight: Any, problem: Problem) -> Tensor | PackedMatrix:
+        from .packed_matrix import pack
+
         return pack(weight, problem, device)
 
     for op, module in OPS.items():
