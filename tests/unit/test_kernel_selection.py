@@ -321,9 +321,9 @@ def test_eight_bit_floats_pass_triton_over() -> None:
 
 
 def test_forms_that_triton_has_none_for_are_refused() -> None:
+    schemes = {**stored("gptq_int4"), "model.layers.0.mlp.up_proj.weight": "q6_k"}
     with pytest.raises(KernelError, match="triton: has no q6_k weights"):
-        Choices(facts_of("nvidia_h100"), quantize="stored",
-                stored={**stored("gptq_int4"), "model.layers.0.mlp.up_proj.weight": "q6_k"})  # fmt: skip
+        Choices(facts_of("nvidia_h100"), quantize="stored", stored=schemes)
 
 
 @pytest.mark.parametrize(
