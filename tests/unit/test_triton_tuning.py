@@ -92,6 +92,9 @@ def test_every_row_is_a_whole_tuning_with_sizes_that_are_powers_of_two() -> None
         ]:
             sizes += [tile.block_m, tile.block_n, tile.warps]
             assert tile.block_m >= 16 <= tile.block_n
+        for tile in (chosen.linear_narrow, chosen.linear, chosen.linear_float32):
+            sizes.append(tile.block_k)
+            assert tile.block_k >= 32, "a product is 16 deep, and a byte may have two numbers"
         assert all(size > 0 and size & (size - 1) == 0 for size in sizes)
 
 
