@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.kernel_checks import cpu_facts
 from support.tiny_models import Tiny, save
-from support.tiny_packed import Form, awq, compressed, gptq, write_packed_model
+from support.tiny_packed import Form, compressed, gptq, write_packed_model
 from support.tiny_torch_model import Driver
 from support.triton_checks import InterpretedDevice, triton_facts
 
@@ -24,7 +24,7 @@ from sixfold.platforms.torch_runtime.rounding import round_int4, round_int8
 from sixfold.platforms.triton_kernels.register import register_triton
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [27, 18, 28]]
-STEPS = 3
+STEPS = 2
 LLAMA = Tiny("Llama", {"num_hidden_layers": 2})
 
 
@@ -101,9 +101,7 @@ def widen_the_rest(path: Path) -> None:
 
 PACKED = {
     "int8, by output": compressed(packed=False, bits=8, group_size=-1),
-    "int4, by group": compressed(packed=True, bits=4, group_size=32),
     "gptq, out of order": gptq("gptq", 4, 32, reordered=True),
-    "awq": awq(32),
 }
 
 
