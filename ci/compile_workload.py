@@ -19,6 +19,8 @@ from sixfold.platforms.interface_kv import KVGroup, KVKind
 from sixfold.platforms.torch_runtime.device import TorchDevice
 from sixfold.platforms.torch_runtime.kernels import register_generic
 from sixfold.platforms.torch_runtime.pools import TorchKVPool
+from sixfold.platforms.triton_kernels import packed_matrix as packed
+from sixfold.platforms.triton_kernels.packed_matrix import PackedMatrix
 from sixfold.platforms.triton_kernels.register import register_triton
 
 TOKENS, WIDTH, INNER, PAGE = 48, 4096, 14336, 16
@@ -38,7 +40,13 @@ def work(target: Target) -> dict[str, Callable[[], object]]:
     register_triton(registry, device)
     ops = {kernel.op: kernel.fn for kernel in registry.kernels() if kernel.provider == "triton"}
     backend = next(b for b in registry.backends() if b.name == "triton")
-    return {**_pointwise(ops), **_paging(ops), **_attention(backend, device), **_others(ops)}
+    return {
+        **_pointwise(ops),
+        **_paging(ops),
+        **_attention(backend, device),
+        **_others(ops),
+        **_quantised(ops),
+    }
 
 
 def _pointwise(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
@@ -106,3 +114,51 @@ def _others(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
         "sample": partial(ops["sample"], logits, sampling_arrays([{"temperature": 0.7}] * 4)),
         "moe, 8 of 128": partial(ops["moe"], x, chosen, *experts, 8, True),
     }
+
+
+def _quantised(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    """`linear` for few rows and for many, and the lookup in a table rounded on load."""
+    half, n = torch.float16, INNER
+    shapes = {
+        "int8, by output": _matrix(packed.INT8, 0, half),
+        "int8, 32": _matrix(packed.INT8, 32, half),
+        "int4, 128": _matrix(packed.INT4, 128, half),
+        "int4, 128, zeros": _matrix(packed.INT4, 128, half, shift=packed.ZEROS),
+        "int4, 32, minimums": _matrix(packed.INT4, 32, half, shift=packed.MINIMUMS),
+        "fp8, 128 by 128": _matrix(packed.FP8, 128, torch.float32, 128),
+        "mxfp4": _matrix(packed.MXFP4, 32, torch.uint8),
+    }
+    work: dict[str, Callable[[], object]] = {}
+    for name, matrix in shapes.items():
+        for rows in (4, 512):
+            run = partial(ops["linear"], tensor(rows, WIDTH), matrix)
+            work[f"linear {name}, {rows} rows"] = run
+    biased = partial(ops["linear"], bias=tensor(n, dtype=torch.float32))
+    for name in ("int8, by output", "int4, 128, zeros"):
+        x = tensor(4, WIDTH, dtype=torch.float32)
+        work[f"linear {name}, float32, bias"] = partial(biased, x, shapes[name])
+    ids = torch.empty(TOKENS, dtype=torch.int64)
+    work["embedding int8, 32"] = partial(ops["embedding"], ids, shapes["int8, 32"])
+    return work
+
+
+def _matrix(
+    form: int, group: int, scales: torch.dtype, squares: int = 1, shift: int = packed.PLAIN
+) -> PackedMatrix:
+    paired = form in (packed.INT4, packed.MXFP4)
+    data = tensor(INNER, WIDTH // 2 if paired else WIDTH, dtype=torch.uint8)
+    if form == packed.INT8:
+        data = data.view(torch.int8)
+    groups = WIDTH // group if group else 1
+    kind = torch.int8 if shift == packed.ZEROS else torch.float16
+    return PackedMatrix(
+        form,
+        (INNER, WIDTH),
+        torch.bfloat16,
+        data,
+        tensor(groups, -(-INNER // squares), dtype=scales),
+        group,
+        squares,
+        shift,
+        tensor(groups, INNER, dtype=kind) if shift else None,
+    )

@@ -67,6 +67,9 @@ class Kernel:
     fn: Callable[..., Any]
     priority: int = 0  # order among those that qualify; generic kernels are 0
     graph_safe: bool = True
+    # Schemes of weights that it is there for; empty: no matter. A model without a matrix in one of
+    # them passes the kernel over, and that makes no fallback of its choice.
+    schemes: frozenset[str] = frozenset()
     # Brings a matrix once, at load, into the form that `fn` takes in its place. Kernels of one
     # provider share that form; None: `fn` takes the checkpoint's own.
     prepare: Callable[[Any, Problem], Any] | None = None

@@ -5,7 +5,8 @@ the model poses is bound. Three policies: the best that qualifies; one named by 
 honoured or refused with every reason, never replaced; and strict, which refuses a fallback.
 
 A choice is a *fallback* when a candidate of higher priority was refused by the machine or the
-model. A generic kernel that is an op's only candidate on a platform is therefore no fallback: there
+model; one that is there for other weights than the model has (`Kernel.schemes`) is no candidate. A
+generic kernel that is an op's only candidate on a platform is therefore no fallback: there
 is nothing better that the user misses.
 """
 
@@ -67,8 +68,11 @@ class KernelRegistry:
         decisions = []
         for op, sites in posed.items():
             providers = self._kernels.get(op, {})
-            reasons = {name: _refusal(k, facts, sites) for name, k in providers.items()}
-            order = sorted(providers, key=lambda name: -providers[name].priority)
+            aside = {name: _aside(kernel, sites) for name, kernel in providers.items()}
+            reasons = {n: aside[n] or _refusal(k, facts, sites) for n, k in providers.items()}
+            # Kernels for other weights come last: nothing is a fallback for want of them.
+            rank = {n: (aside[n] is not None, -kernel.priority) for n, kernel in providers.items()}
+            order = sorted(providers, key=rank.__getitem__)
             choice, decision = _choose(op, order, reasons, chosen.get(op), strict)
             bound[op] = providers[choice]
             decisions.append(decision)
@@ -98,6 +102,14 @@ def refusals(backend: AttentionBackend, spec: AttentionSpec, facts: DeviceFacts)
     if spec.tree and not getattr(backend, "tree_masks", False):
         return (*reasons, "has no tree masks")
     return reasons
+
+
+def _aside(kernel: Kernel, sites: Sequence[Problem]) -> str | None:
+    """Why a kernel for certain weights is none for this model, or None."""
+    if not kernel.schemes or any(site.weights in kernel.schemes for site in sites):
+        return None
+    kept = ", ".join(sorted({site.weights or site.dtype for site in sites}))
+    return f"is for quantised matrices in other schemes; this model's are {kept}"
 
 
 def _refusal(kernel: Kernel, facts: DeviceFacts, sites: Sequence[Problem]) -> str | None:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..torch_runtime.rounding import GROUP
 from . import packed_experts, packing
 from .native_library import Instruction, RopeShape, Team, instruction
 from .packed_experts import PackedExperts
-from .packing import GROUP, PackedWeight
+from .packing import PackedWeight
 
 EMBED, RMS_NORM, ANGLES, ROPE, GATE, LINEAR, QUANTISE, KV_WRITE, ATTENTION, MERGE = range(10)
 ROUTE, SORT_ROWS, EXPERTS_UP, EXPERTS_DOWN, COMBINE = range(10, 15)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...common.errors import KernelError
+from ..torch_runtime.rounding import GROUP
 from .native_library import WeightStruct
-from .packing import GROUP, INT4, PANEL, PackedWeight
+from .packing import INT4, PANEL, PackedWeight
 from .packing import dismantle as dismantle_matrix
 from .packing import restore as restore_matrix
 

@@ -21,10 +21,10 @@ import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from torch import Tensor
 
 from ...common.checkpoint.quantised_rows import QuantisedRows
+from ..torch_runtime.rounding import GROUP, round_int4, round_int8
 from .native_library import WeightStruct
 
 PANEL = 16
-GROUP = 32
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4, INT8_HALF = 3, 4, 5
 
@@ -76,33 +76,11 @@ def pack_floats(weight: Tensor) -> PackedWeight:
 
 
 def quantise_int8(weight: Tensor) -> PackedWeight:
-    """Symmetric, a scale per output and 32 k: the largest magnitude becomes 127."""
-    groups = _groups(weight.float())
-    scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
-    return pack_int8(_divide(groups, scale).clamp_(-127, 127), scale.squeeze(-1), weight.shape)
+    return pack_int8(*round_int8(weight), weight.shape)
 
 
 def quantise_int4(weight: Tensor) -> PackedWeight:
-    """Sixteen levels from a minimum per output and 32 k, the range chosen among several shrunken
-    ones by the least squared error of the group (calibration-free clipping search)."""
-    groups = _groups(weight.float())
-    low, high = (
-        groups.amin(-1, keepdim=True).clamp(max=0),
-        groups.amax(-1, keepdim=True).clamp(min=0),
-    )
-    best: list[Tensor] = []
-    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75):
-        scale = ((high - low) * (shrink / 15)).half()
-        minimum = (-low * shrink).half()
-        q = _divide(groups + minimum.float(), scale).clamp_(0, 15)
-        error = (q * scale.float() - minimum.float() - groups).square_().sum(-1, keepdim=True)
-        found = [error, q, scale, minimum]
-        if best:
-            better = error < best[0]
-            found = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
-        best = found
-    _, q, scale, minimum = best
-    return pack_int4(q, scale.squeeze(-1), minimum.squeeze(-1), weight.shape)
+    return pack_int4(*round_int4(weight), weight.shape)
 
 
 def pack_int8(q: Tensor, scale: Tensor, shape: Any, minimum: Tensor | None = None) -> PackedWeight:
@@ -170,17 +148,6 @@ def unpack(weight: PackedWeight) -> Tensor:
         values = values.view(len(scale), -1, GROUP) - _by_row(weight.mins).unsqueeze(-1)
     values = values.reshape(len(values), -1)[:n, :k].contiguous()
     return values if weight.order is None else values[:, weight.order.argsort()]
-
-
-def _groups(weight: Tensor) -> Tensor:
-    """(n, k) -> (n, groups, 32), zeros in the padding."""
-    n, k = weight.shape
-    return F.pad(weight, (0, -k % GROUP)).view(n, -1, GROUP)
-
-
-def _divide(values: Tensor, scale: Tensor) -> Tensor:
-    wide = scale.float()
-    return (values / torch.where(wide > 0, wide, 1.0)).round_()
 
 
 def _pad_rows(q: Tensor) -> Tensor:

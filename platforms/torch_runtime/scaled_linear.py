@@ -83,4 +83,7 @@ def scaled_linear(
         rounded, scale = rounded_rows(weight, FORMATS[facts.fp8])
         return ScaledMatrix(rounded, scale.t().contiguous())
 
-    return Kernel("linear", "scaled_mm", requires, linear, PRIORITY, prepare=prepare)
+    schemes = frozenset({SCHEME})
+    return Kernel(
+        "linear", "scaled_mm", requires, linear, PRIORITY, schemes=schemes, prepare=prepare
+    )

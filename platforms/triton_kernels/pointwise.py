@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ceil_div, rows_of
+from .linear import lookup
+from .packed_matrix import PackedMatrix
 from .tuning import Tuning, power_of_two
 
 
@@ -78,7 +80,11 @@ def _gate(tuning: Tuning, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     return out
 
 
-def embedding(tuning: Tuning, ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+def embedding(
+    tuning: Tuning, ids: Tensor, table: Tensor | PackedMatrix, scale: float = 1.0
+) -> Tensor:
+    if isinstance(table, PackedMatrix):
+        return lookup(tuning, ids, table, scale)
     width = table.shape[1]
     out = torch.empty((len(ids), width), dtype=table.dtype, device=table.device)
     block = min(power_of_two(width), tuning.row_elements)

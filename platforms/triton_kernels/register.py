@@ -4,19 +4,24 @@ there is none, that is the reason in the record."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from ...common.checkpoint.packed_schemes import PACKED
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from . import tuning
 from .refused import RefusedAttention, refused_kernel
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ...common.ops.registry import KernelRegistry
     from ..torch_runtime.device import TorchDevice
+    from .packed_matrix import PackedMatrix
 
 PRIORITY = 10
 """Above the generic kernels, below what a platform has of its own."""
@@ -34,11 +39,20 @@ OPS = {
     "page_digest": "paging",
     "sample": "sampling",
     "moe": "moe",
+    "linear": "linear",
 }
 """Op -> the module that has its kernel."""
 
 PRODUCTS = frozenset({"linear", "moe"})
 """Ops that multiply matrices in the dtype of their inputs."""
+
+INTEGERS = PACKED | {"int8", "int4"}
+"""Schemes of whole numbers; the last two are made on load."""
+SCHEMES = INTEGERS | {"fp8_block", "mxfp4"}
+
+WEIGHTS = {"linear": SCHEMES, "embedding": INTEGERS}
+"""Op -> schemes of its matrix. Plain ones beside quantised ones take torch's product in `linear`; a
+model that has plain ones alone is left to torch."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -54,7 +68,7 @@ def requires(facts: DeviceFacts, problem: Problem) -> str | None:
     reason = missing() or tuning.refusal(facts)
     if reason is not None:
         return reason
-    if problem.weights:
+    if problem.weights and problem.weights not in WEIGHTS.get(problem.op, ()):
         return f"has no {problem.weights} weights"
     if problem.dtype not in DTYPES:
         return f"serves {', '.join(DTYPES)}, not {problem.dtype}"
@@ -70,9 +84,18 @@ def register_triton(registry: KernelRegistry, device: TorchDevice) -> None:
     """The kernels and the attention backend, for the facts of `device`; where it can have none they
     are registered all the same, to be refused with the reason."""
     reason = missing() or tuning.refusal(device.facts)
+
+    def prepare(weight: Any, problem: Problem) -> Tensor | PackedMatrix:
+        from .packed_matrix import pack
+
+        return pack(weight, problem, device)
+
     for op, module in OPS.items():
         fn = partial(refused_kernel, reason) if reason else _bound(module, op, device.facts)
-        registry.add(Kernel(op, "triton", requires, fn, PRIORITY))
+        kernel = Kernel(op, "triton", requires, fn, PRIORITY)
+        if op in WEIGHTS:
+            kernel = replace(kernel, prepare=prepare)
+        registry.add(replace(kernel, schemes=SCHEMES) if op == "linear" else kernel)
     if reason:
         registry.add_attention(RefusedAttention(reason), PRIORITY)
     else:

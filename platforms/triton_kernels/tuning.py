@@ -33,7 +33,8 @@ class Tile:
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """One row with the device's lane width. `narrow` and `wide` are attention's: for rows with few
-    queries, whose keys are cut into `splits` parts, and for blocks of queries."""
+    queries, whose keys are cut into `splits` parts, and for blocks of queries. `linear` is of
+    quantised matrices, `linear_narrow` for no more rows than one block has."""
 
     name: str
     lane_width: int
@@ -50,7 +51,9 @@ class Tuning:
     wide: Tile
     narrow_float32: Tile
     wide_float32: Tile
+    linear_narrow: Tile
     linear: Tile
+    linear_float32: Tile
     experts: Tile
 
     def warps(self, elements: int) -> int:

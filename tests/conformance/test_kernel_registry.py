@@ -63,6 +63,20 @@ def test_strict_refuses_a_fallback_with_the_reason() -> None:
         entries.resolve(PROBLEMS, cpu_facts(), {}, strict=True)
 
 
+def test_a_kernel_for_other_weights_is_no_candidate() -> None:
+    """Neither a fallback nor a failure of strict mode, and no choice of the user's either."""
+    entries = registry(kernel("generic", 0), replace(kernel("few", 10), schemes=frozenset({"q"})))
+    table = entries.resolve(PROBLEMS, cpu_facts(), {}, strict=True)
+    (decision,) = table.decisions
+    assert (decision.chosen, decision.fallback) == ("generic", False)
+    reason = "is for quantised matrices in other schemes; this model's are float32"
+    assert decision.rejected == (("few", reason),)
+    with pytest.raises(KernelError, match="'few' cannot serve op 'linear': is for quantised"):
+        entries.resolve(PROBLEMS, cpu_facts(), {"linear": "few"})
+    mixed = [*PROBLEMS, Problem("linear", "float32", weights="q")]
+    assert entries.resolve(mixed, cpu_facts(), {}).linear() == "few"
+
+
 def test_an_explicit_choice_is_honoured_also_under_strict() -> None:
     entries = registry(kernel("generic", 0), kernel("fast", 10))
     table = entries.resolve(PROBLEMS, cpu_facts(), {"linear": "generic"}, strict=True)

@@ -37,10 +37,10 @@ class RandomSource:
         )
 
     def kernel_problems(self, dtype: str, quantize: str) -> Sequence[Problem]:
-        return kernel_problems(self._checkpoint, dtype)
+        return kernel_problems(self._checkpoint, dtype, _made(quantize))
 
     def build(self, ops: KernelTable, dtype: torch.dtype, quantize: str) -> Model:
-        return build_model(self._checkpoint, ops, dtype)
+        return build_model(self._checkpoint, ops, dtype, _made(quantize))
 
     def load(self, model: Model, to_device: Callable[[Tensor], Tensor], progress: Any) -> None:
         generator = torch.Generator().manual_seed(self._seed)
@@ -55,6 +55,11 @@ class RandomSource:
         for module in model.modules():
             if isinstance(module, Layer):
                 module.prepare()
+
+
+def _made(quantize: str) -> str:
+    """There are no files, so nothing is stored in a form of its own."""
+    return "" if quantize == "stored" else quantize
 
 
 def _fill(meta: Tensor, block: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from support.model_shapes import GEMMA_3_4B, LLAMA_8B, fewer
 from support.random_source import RandomSource
 from support.recorded_machines import load
 
+from sixfold.common.checkpoint.packed_schemes import PACKED
 from sixfold.common.errors import KernelError
 from sixfold.common.ops.registry import KernelRegistry
 from sixfold.models.quantization import assign_schemes
@@ -83,12 +84,13 @@ class Choices:
         quantize: str = "",
         strict: bool = False,
         sinks: bool = False,
+        stored: dict[str, str] | None = None,
     ) -> None:
         registry, device = KernelRegistry(), HostedDevice(facts)
         register_generic(registry, device)
         REGISTER[facts.kind](registry, device)
         built = RandomSource(MODELS[model]).build(KernelTable({}, ()), torch.bfloat16, "")
-        assign_schemes(built, quantize, {})
+        assign_schemes(built, quantize, stored or {})
         layers = [module for module in built.modules() if hasattr(module, "problems")]
         problems = [problem for layer in layers for problem in layer.problems()]
         problems += [Problem(op, "bfloat16") for op in RUNTIME_OPS]
@@ -267,6 +269,61 @@ def test_an_odd_side_is_refused() -> None:
     kernel = Choices(facts, quantize="fp8").table.kernels["linear"]
     problem = Problem("linear", "bfloat16", {"k": 4096, "n": 1000}, "fp8")
     assert kernel.requires(facts, problem) == "n must be a multiple of 16, not 1000"
+
+
+# ---- quantised matrices
+
+
+def stored(scheme: str) -> dict[str, str]:
+    """A packed checkpoint of the first layer: its embedding and head are plain."""
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    return {f"model.layers.0.{part}.weight": scheme for part in parts}
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_matrices_rounded_on_load_are_tritons(machine: str, quantize: str) -> None:
+    choices = Choices(facts_of(machine), quantize=quantize)
+    assert choices.provider("linear", "embedding") == {"triton"}
+    assert not choices.of("linear").fallback
+    refused = dict(choices.of("linear").rejected)
+    assert refused["generic"] in {f"has no {scheme} weights" for scheme in ("int8", "int4")}
+    assert refused["widened"] == refused["generic"]
+    assert "this model's are int" in refused.get("scaled_mm", "this model's are int")
+    kernels = choices.table.kernels
+    assert kernels["linear"].prepare == kernels["embedding"].prepare, "a tied matrix is kept once"
+
+
+@pytest.mark.parametrize("scheme", sorted(PACKED))
+@pytest.mark.parametrize("machine", ["nvidia_h100", "amd_mi300x"])
+def test_a_packed_model_is_tritons_beside_its_plain_head(machine: str, scheme: str) -> None:
+    choices = Choices(facts_of(machine), quantize="stored", stored=stored(scheme))
+    assert choices.provider("linear", "embedding") == {"triton"}
+    assert not choices.of("linear").fallback
+    assert ("generic", f"has no {scheme} weights") in choices.of("linear").rejected
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_plain_matrices_stay_with_torch(machine: str) -> None:
+    choices = Choices(facts_of(machine))
+    assert choices.of("linear").chosen == "generic"
+    assert not choices.of("linear").fallback
+    reason = "is for quantised matrices in other schemes; this model's are bfloat16"
+    assert dict(choices.of("linear").rejected)["triton"] == reason
+    with pytest.raises(KernelError, match=f"'triton' cannot serve op 'linear': {reason}"):
+        Choices(facts_of(machine), chosen={"linear": "triton"})
+
+
+def test_eight_bit_floats_pass_triton_over() -> None:
+    choices = Choices(facts_of("nvidia_h100"), quantize="fp8")
+    assert (choices.of("linear").chosen, choices.of("linear").fallback) == ("scaled_mm", False)
+    assert "this model's are bfloat16, fp8" in dict(choices.of("linear").rejected)["triton"]
+
+
+def test_forms_that_triton_has_none_for_are_refused() -> None:
+    schemes = {**stored("gptq_int4"), "model.layers.0.mlp.up_proj.weight": "q6_k"}
+    with pytest.raises(KernelError, match="triton: has no q6_k weights"):
+        Choices(facts_of("nvidia_h100"), quantize="stored", stored=schemes)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,9 @@ def test_every_row_is_a_whole_tuning_with_sizes_that_are_powers_of_two() -> None
         ]:
             sizes += [tile.block_m, tile.block_n, tile.warps]
             assert tile.block_m >= 16 <= tile.block_n
+        for tile in (chosen.linear_narrow, chosen.linear, chosen.linear_float32):
+            sizes.append(tile.block_k)
+            assert tile.block_k >= 32, "a product is 16 deep, and a byte may have two numbers"
         assert all(size > 0 and size & (size - 1) == 0 for size in sizes)
 
 
@@ -123,7 +126,8 @@ def test_without_triton_everything_is_refused_with_the_reason(
     device = CpuDevice(GPU, threads=1)
     register_generic(registry, device)
     register.register_triton(registry, device)
-    problems = [Problem(op, "float32") for op in register.OPS]
+    few = {"linear": "gptq_int4"}  # plain matrices pass its kernel over
+    problems = [Problem(op, "float32", weights=few.get(op, "")) for op in register.OPS]
     table = registry.resolve(problems, GPU, {})
     assert all(("triton", "triton is not installed") in d.rejected for d in table.decisions)
     assert all(d.fallback for d in table.decisions)
