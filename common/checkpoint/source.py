@@ -110,7 +110,7 @@ def _cached(repo: str, cause: Exception) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
-    except Exception:
+    except FileNotFoundError:  # LocalEntryNotFoundError is one
         raise CheckpointError(
             f"{repo}: not in the local cache, and the hub cannot be reached "
             f"({_first_line(cause)}); go online or name a local directory or .gguf file."
