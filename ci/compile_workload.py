@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from compile_targets import Target
-from torch import Tensor
+from compile_workload_mixers import recurrent, tensor
 
 from sixfold.common.ops.registry import KernelRegistry
 from sixfold.common.ops.sample_cases import sampling_arrays
@@ -28,10 +28,6 @@ CACHE_BYTES = 3 << 30
 """More than 2 GiB: what fits 32-bit offsets is compiled otherwise on AMD."""
 
 
-def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
-
-
 def work(target: Target) -> dict[str, Callable[[], object]]:
     """By name, in an order that stays: of kernels that two share, the first has the line."""
     device = TorchDevice(target.facts, "cpu")
@@ -46,6 +42,7 @@ def work(target: Target) -> dict[str, Callable[[], object]]:
         **_attention(backend, device),
         **_others(ops),
         **_quantised(ops),
+        **recurrent(ops),
     }
 
 

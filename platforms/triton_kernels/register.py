@@ -40,6 +40,8 @@ OPS = {
     "sample": "sampling",
     "moe": "moe",
     "linear": "linear",
+    "gated_delta": "gated_delta",
+    "conv1d_update": "short_conv",
 }
 """Op -> the module that has its kernel."""
 

@@ -55,6 +55,8 @@ class Tuning:
     linear: Tile
     linear_float32: Tile
     experts: Tile
+    delta: Tile
+    delta_chunk: Tile
 
     def warps(self, elements: int) -> int:
         """Warps for a pointwise tile of so many elements, a power of two."""

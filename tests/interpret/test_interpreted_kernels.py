@@ -14,8 +14,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from support.interpreted_cases import FEW
 from support.kernel_checks import verdict_of
-from support.triton_checks import WARP_64, triton_facts, triton_registry, with_fault
+from support.triton_checks import WARP_64, is_caught, triton_facts, triton_registry, with_fault
 
 from sixfold.common.ops import OPS
 from sixfold.platforms.interface import DeviceFacts
@@ -25,7 +26,7 @@ from sixfold.platforms.triton_kernels import tuning
 from sixfold.platforms.triton_kernels.register import OPS as MODULES
 from sixfold.platforms.triton_kernels.register import PRODUCTS
 
-KERNELS = triton_registry().kernels()
+KERNELS = [kernel for kernel in triton_registry().kernels() if kernel.op not in FEW]
 
 
 def dtypes(op: str) -> list[str]:
@@ -109,7 +110,7 @@ FAULTS = [
 @pytest.mark.parametrize(("op", "old", "new"), FAULTS)
 def test_a_faulty_source_is_caught(op: str, old: str, new: str, tmp_path: Path) -> None:
     fn = getattr(with_fault(MODULES[op], old, new, tmp_path), op)
-    assert verdict_of(OPS[op], partial(fn, tuning.choose(triton_facts()))).status == "fail"
+    assert is_caught(OPS[op], partial(fn, tuning.choose(triton_facts())))
 
 
 @triton.jit

@@ -6,17 +6,21 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from support.kernel_checks import cpu_facts
+import numpy as np
+from support.kernel_checks import cpu_facts, verdict_of
 
+from sixfold.common.ops.conformance import Verdict
 from sixfold.common.ops.registry import KernelRegistry
 from sixfold.platforms.cpu.device import CpuDevice
 from sixfold.platforms.interface import DeviceFacts
 from sixfold.platforms.interface_attention import AttentionSpec
+from sixfold.platforms.interface_kernels import Op
 from sixfold.platforms.triton_kernels import tuning
 from sixfold.platforms.triton_kernels.register import register_triton
 from sixfold.platforms.triton_kernels.tuning import Tile, Tuning
@@ -53,6 +57,23 @@ def triton_registry(facts: DeviceFacts | None = None) -> KernelRegistry:
     registry = KernelRegistry()
     register_triton(registry, InterpretedDevice(facts))
     return registry
+
+
+def verdict_on(op: Op, names: Collection[str], fn: Callable[..., Any], *dtypes: str) -> Verdict:
+    """As `verdict_of`, of the cases named; of all when none is."""
+    missing = set(names) - {case.name for case in op.cases(np.random.default_rng(0))}
+    if missing:
+        raise AssertionError(f"{op.title} has no cases {', '.join(sorted(missing))}")
+    chosen = replace(
+        op, cases=lambda rng: [c for c in op.cases(rng) if not names or c.name in names]
+    )
+    return verdict_of(chosen, fn, *dtypes)
+
+
+def is_caught(op: Op, fn: Callable[..., Any]) -> bool:
+    """Whether some case of the contract fails; no case is run behind the first that does."""
+    cases = list(op.cases(np.random.default_rng(0)))
+    return any(verdict_of(replace(op, cases=lambda _, c=c: [c]), fn).failed for c in cases)
 
 
 def small_cut(facts: DeviceFacts | None = None) -> Tuning:
