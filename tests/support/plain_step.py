@@ -1,0 +1,73 @@
+"""A model's caches for one sequence, and its steps over them: what the paged runtime must equal.
+
+Pages lie in shuffled order, and what nobody has written is NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sixfold.models.base import Model, Pages, State
+from sixfold.platforms.interface_kv import CacheNeed, KVKind
+
+SLOT = 1
+
+
+@dataclass(frozen=True)
+class PlainStep:
+    caches: Sequence[Any]
+    needs: Sequence[CacheNeed]
+    table: Tensor
+    page_size: int
+    query_start: Tensor
+    context_lens: Tensor
+
+    def pages(self, site: int) -> Pages:
+        rows = rows_of_a_page(self.needs[site], self.page_size)
+        return Pages(self.caches[site], self.table, self.page_size, rows)
+
+    def state(self, site: int) -> State:
+        return State(tuple(self.caches[site]), torch.tensor([SLOT], dtype=torch.int32))
+
+
+class PlainCache:
+    """For models that are given all their caches, in float32."""
+
+    def __init__(self, model: Model, page_size: int, tokens: int) -> None:
+        self.needs = model.cache_needs()
+        self.page_size = page_size
+        count = -(-tokens // page_size)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
+        self.table = (order + 1).int().unsqueeze(0)
+        self.caches = [self._reserve(need, count + 1) for need in self.needs]
+
+    def _reserve(self, need: CacheNeed, pages: int) -> Any:
+        if need.kind is KVKind.RECURRENT:
+            return [torch.full((SLOT + 1, *state.shape), torch.nan) for state in need.states]
+        return torch.full((pages * rows_of_a_page(need, self.page_size), need.head_dim), torch.nan)
+
+    def step(self, context: int, new: int) -> PlainStep:
+        start, lens = torch.tensor([0, new]).int(), torch.tensor([context]).int()
+        return PlainStep(self.caches, self.needs, self.table, self.page_size, start, lens)
+
+
+def rows_of_a_page(need: CacheNeed, page_size: int) -> int:
+    return -(-page_size // need.ratio) if need.kind is KVKind.COMPRESSED else page_size
+
+
+def logits(
+    model: Model, token_ids: Tensor, chunks: Sequence[int] = (), page_size: int = 16
+) -> Tensor:
+    """(T, vocabulary) for one sequence, given to the model in pieces of these sizes."""
+    cache, done, made = PlainCache(model, page_size, len(token_ids)), 0, []
+    with torch.inference_mode():
+        for count in chunks or [len(token_ids)]:
+            positions = torch.arange(done, done + count)
+            step = cache.step(done, count)
+            made.append(model.logits(model(token_ids[done : done + count], positions, step)))
+            done += count
+    return torch.cat(made)
