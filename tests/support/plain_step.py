@@ -27,7 +27,7 @@ class PlainStep:
     context_lens: Tensor
 
     def pages(self, site: int) -> Pages:
-        rows = rows_of_a_page(self.needs[site], self.page_size)
+        rows = self.needs[site].entries(self.page_size)
         return Pages(self.caches[site], self.table, self.page_size, rows)
 
     def state(self, site: int) -> State:
@@ -35,10 +35,11 @@ class PlainStep:
 
 
 class PlainCache:
-    """For models that are given all their caches, in float32."""
+    """For models that are given all their caches. States are float32, pages of `dtype`."""
 
-    def __init__(self, model: Model, page_size: int, tokens: int) -> None:
+    def __init__(self, model: Model, page_size: int, tokens: int, dtype: torch.dtype) -> None:
         self.needs = model.cache_needs()
+        self.dtype = dtype
         self.page_size = page_size
         count = -(-tokens // page_size)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
@@ -48,22 +49,23 @@ class PlainCache:
     def _reserve(self, need: CacheNeed, pages: int) -> Any:
         if need.kind is KVKind.RECURRENT:
             return [torch.full((SLOT + 1, *state.shape), torch.nan) for state in need.states]
-        return torch.full((pages * rows_of_a_page(need, self.page_size), need.head_dim), torch.nan)
+        shape = (pages * need.entries(self.page_size), need.head_dim)
+        return torch.full(shape, torch.nan, dtype=self.dtype)
 
     def step(self, context: int, new: int) -> PlainStep:
         start, lens = torch.tensor([0, new]).int(), torch.tensor([context]).int()
         return PlainStep(self.caches, self.needs, self.table, self.page_size, start, lens)
 
 
-def rows_of_a_page(need: CacheNeed, page_size: int) -> int:
-    return -(-page_size // need.ratio) if need.kind is KVKind.COMPRESSED else page_size
-
-
 def logits(
-    model: Model, token_ids: Tensor, chunks: Sequence[int] = (), page_size: int = 16
+    model: Model,
+    token_ids: Tensor,
+    chunks: Sequence[int] = (),
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """(T, vocabulary) for one sequence, given to the model in pieces of these sizes."""
-    cache, done, made = PlainCache(model, page_size, len(token_ids)), 0, []
+    cache, done, made = PlainCache(model, page_size, len(token_ids), dtype), 0, []
     with torch.inference_mode():
         for count in chunks or [len(token_ids)]:
             positions = torch.arange(done, done + count)
