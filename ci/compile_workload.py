@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from compile_targets import Target
-from compile_workload_mixers import recurrent, tensor
+from compile_workload_mixers import recurrent, tensor, vectors
 
 from sixfold.common.ops.registry import KernelRegistry
 from sixfold.common.ops.sample_cases import sampling_arrays
@@ -43,6 +43,7 @@ def work(target: Target) -> dict[str, Callable[[], object]]:
         **_others(ops),
         **_quantised(ops),
         **recurrent(ops),
+        **vectors(ops, target.facts),
     }
 
 
@@ -61,6 +62,8 @@ def _pointwise(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
         ),
         "silu_mul": partial(ops["silu_mul"], gate, gate),
         "gelu_tanh_mul": partial(ops["gelu_tanh_mul"], gate, gate),
+        "layer_norm 4096": partial(ops["layer_norm"], x, weight, weight, 1e-5),
+        "clamped_swiglu": partial(ops["clamped_swiglu"], gate, gate, 7.0, 1.702, 1.0),
         "embedding": partial(ops["embedding"], ids, tensor(1024, WIDTH)),
     }
 

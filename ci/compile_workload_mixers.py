@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sixfold.platforms.interface import DeviceFacts
+from sixfold.platforms.triton_kernels.tuning import choose
+
+TOKENS = 48
 STATE_BYTES = 3 << 30
 """More than 2 GiB: what fits 32-bit offsets is compiled otherwise on AMD."""
 
@@ -44,4 +48,32 @@ def recurrent(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
         work[f"conv1d_update {name}"] = partial(
             ops["conv1d_update"], x, tensor(x.shape[1], 4), None, kept, *rows_of(rows), True
         )
+    return work
+
+
+def vectors(ops: dict[str, Any], facts: DeviceFacts) -> dict[str, Callable[[], object]]:
+    """Latent attention of DeepSeek-V3, and what DeepSeek-V4 Flash has of it: a window, all entries
+    beside one, and selected ones; where the device has kernels for vectors so wide."""
+    rows, heads, page = 8, 64, 64
+    parts, lse = tensor(TOKENS, heads, 512), tensor(TOKENS, heads, dtype=torch.float32)
+    merge = partial(ops["merge_state"], parts, lse, parts, lse)
+    work: dict[str, Callable[[], object]] = {"merge_state": merge}
+    if choose(facts).vector_dim < 512:
+        return work
+    for name, tokens in (("decode", rows), ("prefill", 512)):
+        slots, starts, contexts = rows_of(rows)
+        table = slots.view(rows, 1).expand(rows, 64).contiguous()
+        cache = tensor(STATE_BYTES // 1152, 576)
+        work[f"latent_attention {name}"] = partial(
+            ops["latent_attention"], tensor(tokens, 128, 576), tensor(tokens, 576), cache, table,
+            starts, contexts, page, 512, 0.1,
+        )  # fmt: skip
+        q, kv, sinks = tensor(tokens, heads, 512), tensor(tokens, 512), tensor(heads).float()
+        window = tensor(STATE_BYTES // 1024, 512)
+        asked = (q, kv, sinks, window, table, starts, contexts, page, 128, 0.1)
+        entries = {"entries": window, "entry_table": table, "ratio": 128}
+        some = {**entries, "ratio": 4, "selected": torch.empty((tokens, 512), dtype=torch.int64)}
+        for kind, more in (("window", {}), ("all entries", entries), ("selected", some)):
+            run = partial(ops["compressed_attention"], *asked, **more)
+            work[f"compressed_attention {kind}, {name}"] = run
     return work

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -38,6 +40,23 @@ def gate_kernel(
 
 
 @triton.jit
+def clamped_kernel(
+    gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, limit, slope, offset,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    # Comparisons, for a minimum would take the limit in place of NaN.
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    out = (up + offset) * gate / (1.0 + tl.exp(-slope * gate))
+    tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def embedding_kernel(
     ids_ptr, table_ptr, out_ptr, width, table_stride, scale, SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -53,27 +72,34 @@ def embedding_kernel(
 
 
 def silu_mul(tuning: Tuning, gate: Tensor, up: Tensor) -> Tensor:
-    return _gate(tuning, gate, up, False)
+    return _gate(tuning, gate_kernel, gate, up, GELU=False)
 
 
 def gelu_tanh_mul(tuning: Tuning, gate: Tensor, up: Tensor) -> Tensor:
-    return _gate(tuning, gate, up, True)
+    return _gate(tuning, gate_kernel, gate, up, GELU=True)
 
 
-def _gate(tuning: Tuning, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+def clamped_swiglu(
+    tuning: Tuning, gate: Tensor, up: Tensor, limit: float, slope: float, offset: float
+) -> Tensor:
+    form = {"limit": limit, "slope": slope, "offset": offset}
+    return _gate(tuning, clamped_kernel, gate, up, **form)
+
+
+def _gate(tuning: Tuning, kernel: Any, gate: Tensor, up: Tensor, **form: float) -> Tensor:
     gate, up = rows_of(gate), rows_of(up)
     rows, width = gate.shape
     out = torch.empty((rows, width), dtype=gate.dtype, device=gate.device)
     block = min(power_of_two(width), tuning.row_elements)
     if rows:
-        gate_kernel[(rows, ceil_div(width, block))](
+        kernel[(rows, ceil_div(width, block))](
             gate,
             up,
             out,
             width,
             gate.stride(0),
             up.stride(0),
-            GELU=gelu,
+            **form,
             BLOCK=block,
             num_warps=tuning.warps(block),
         )

@@ -31,7 +31,9 @@ OPS = {
     "add_rms_norm": "norm",
     "rope": "rope",
     "qk_norm_rope": "rope",
+    "layer_norm": "norm",
     "silu_mul": "pointwise",
+    "clamped_swiglu": "pointwise",
     "gelu_tanh_mul": "pointwise",
     "embedding": "pointwise",
     "kv_write": "paging",
@@ -42,6 +44,9 @@ OPS = {
     "linear": "linear",
     "gated_delta": "gated_delta",
     "conv1d_update": "short_conv",
+    "latent_attention": "vector_attention",
+    "compressed_attention": "vector_attention",
+    "merge_state": "merge_state",
 }
 """Op -> the module that has its kernel."""
 
@@ -55,6 +60,10 @@ SCHEMES = INTEGERS | {"fp8_block", "mxfp4"}
 WEIGHTS = {"linear": SCHEMES, "embedding": INTEGERS}
 """Op -> schemes of its matrix. Plain ones beside quantised ones take torch's product in `linear`; a
 model that has plain ones alone is left to torch."""
+
+NORMS = frozenset({"rms_norm", "add_rms_norm", "layer_norm"})
+VECTORS = frozenset({"latent_attention", "compressed_attention"})
+"""Ops where one vector is key and value of all heads."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -76,9 +85,19 @@ def requires(facts: DeviceFacts, problem: Problem) -> str | None:
         return f"serves {', '.join(DTYPES)}, not {problem.dtype}"
     if problem.dtype not in facts.dtypes:
         return f"{facts.name} does not compute in {problem.dtype}"
-    width = problem.dims.get("width", 0)
-    if problem.op in ("rms_norm", "add_rms_norm") and width > MOST_COLUMNS:
-        return f"rows of up to {MOST_COLUMNS} columns, not {width}"
+    return _too_wide(facts, problem)
+
+
+def _too_wide(facts: DeviceFacts, problem: Problem) -> str | None:
+    """Why what a program keeps of a row does not fit its registers, or None."""
+    dims, cut = problem.dims, tuning.choose(facts)
+    if problem.op in NORMS and dims.get("width", 0) > MOST_COLUMNS:
+        return f"rows of up to {MOST_COLUMNS} columns, not {dims['width']}"
+    if problem.op in VECTORS:
+        value = dims.get("value_dim", dims.get("dim", 0))
+        most = cut.float32_dim if problem.dtype == "float32" else cut.vector_dim
+        if value > most:
+            return f"values of up to {most} numbers in {problem.dtype} on {facts.name}, not {value}"
     return None
 
 

@@ -42,6 +42,7 @@ class Tuning:
     keys_bytes: int
     sums_bytes: int
     float32_dim: int
+    vector_dim: int
     lane_elements: int
     most_warps: int
     row_elements: int
@@ -57,6 +58,8 @@ class Tuning:
     experts: Tile
     delta: Tile
     delta_chunk: Tile
+    vectors: Tile
+    vectors_wide: Tile
 
     def warps(self, elements: int) -> int:
         """Warps for a pointwise tile of so many elements, a power of two."""

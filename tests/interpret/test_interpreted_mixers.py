@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.interpreted_cases import FEW
+from support.interpreted_cases import CUT_BY_LANES, FEW
 from support.triton_checks import (
     WARP_64,
     is_caught,
@@ -22,7 +22,7 @@ from support.triton_checks import (
 from sixfold.common.ops import OPS
 from sixfold.platforms.interface import DeviceFacts
 from sixfold.platforms.torch_runtime import kernels as generic
-from sixfold.platforms.triton_kernels import tuning
+from sixfold.platforms.triton_kernels import tuning, vector_attention
 from sixfold.platforms.triton_kernels.register import OPS as MODULES
 
 FACTS = [triton_facts(), WARP_64]
@@ -32,8 +32,11 @@ def kernel_of(op: str, facts: DeviceFacts | None = None) -> Any:
     return next(k for k in triton_registry(facts).kernels() if k.op == op)
 
 
-@pytest.mark.parametrize("facts", FACTS, ids=lambda f: f"{f.lane_width}_lanes")
-@pytest.mark.parametrize("op", FEW)
+@pytest.mark.parametrize(
+    ("op", "facts"),
+    [*((op, FACTS[0]) for op in FEW), *((op, WARP_64) for op in CUT_BY_LANES)],
+    ids=lambda x: x if isinstance(x, str) else f"{x.lane_width}_lanes",
+)
 def test_kernel_equals_its_reference(
     op: str, facts: DeviceFacts, request: pytest.FixtureRequest
 ) -> None:
@@ -100,4 +103,30 @@ def test_a_faulty_source_is_caught(
     op: str, old: str, new: str, facts: DeviceFacts | None, tmp_path: Path
 ) -> None:
     fn = getattr(with_fault(MODULES[op], old, new, tmp_path), op)
-    assert is_caught(OPS[op], partial(fn, tuning.choose(facts or triton_facts())))
+    assert is_caught(OPS[op], partial(fn, tuning.choose(facts or triton_facts())), FEW[op])
+
+
+VECTOR_FAULTS = [
+    (
+        "latent_attention",
+        "position % PAGE_SIZE\n    column",
+        "position % PAGE_SIZE * 0\n    column",
+    ),
+    ("latent_attention", "more = VALUE + tl.arange(0, BLOCK_R)", "more = tl.arange(0, BLOCK_R)"),
+    ("latent_attention", "seen = key <= position", "seen = key < position"),
+    ("latent_attention", "part < parts, other=0.0", "part < 1, other=0.0"),
+    ("compressed_attention", "position - WINDOW + 1", "position - WINDOW"),
+    ("compressed_attention", "entry < (position + 1) // RATIO", "entry < position // RATIO"),
+    ("compressed_attention", "entry * RATIO + RATIO - 1", "entry * RATIO"),
+    ("compressed_attention", "mask=head < HEADS, other=0.0) * LOG2E", "mask=head < 0, other=0.0)"),
+]
+
+
+@pytest.mark.parametrize(("op", "old", "new"), VECTOR_FAULTS)
+def test_a_fault_in_vector_attention_is_caught(
+    op: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty = with_fault("vector_kernels", old, new, tmp_path)
+    for name in ("store_kernel", "vector_attention_kernel", "vector_merge_kernel"):
+        monkeypatch.setattr(vector_attention, name, getattr(faulty, name))
+    assert is_caught(OPS[op], kernel_of(op).fn, FEW[op])
