@@ -62,7 +62,8 @@ class Compressor(Layer):
 
     @property
     def need(self) -> CacheNeed:
-        return CacheNeed(KVKind.COMPRESSED, 1, self.dim, ratio=self.ratio)
+        dtype = self.build.dtype_name
+        return CacheNeed(KVKind.COMPRESSED, 1, self.dim, ratio=self.ratio, dtype=dtype)
 
     def forward(
         self, x: Tensor, state: Tensor, slots: Tensor, site: int, angles: Angles, step: Step
@@ -171,8 +172,8 @@ class DeepseekV4Attention(Layer):
         self.args, self.ratio = args, ratio
 
     def needs(self) -> list[CacheNeed]:
-        args = self.args
-        needs = [CacheNeed(KVKind.WINDOW, 1, args.head_dim, args.window, shared=True)]
+        dim, window, dtype = self.args.head_dim, self.args.window, self.build.dtype_name
+        needs = [CacheNeed(KVKind.WINDOW, 1, dim, window, shared=True, dtype=dtype)]
         if self.compressor is not None:
             parts = [self.compressor]
             if self.indexer is not None:
