@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..platforms.interface_kernels import Problem
 from ..platforms.interface_kv import CacheNeed, KVKind, StateArray
 from .base import Step
@@ -142,7 +143,7 @@ class GroupedOutput(Layer):
         made: Tensor = self.ops.inverse_rope_grouped_linear(x, *rotary, self.matrix)
         return made
 
-    def prepare(self, stored: Iterable[Any] | None = None) -> None:
+    def prepare(self, stored: Iterable[StoredMatrix] | None = None) -> None:
         (problem,) = self.problems()
         shape = tuple(self.sizes.values())
         self.matrix = self.build.prepared(problem.op, self.weight.view(shape), problem)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..common.checkpoint.quantised_rows import QuantisedRows
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..platforms.interface_kernels import Problem
 from .layers import Build, Layer, Linear
 from .matrix_cache import Parts
@@ -36,7 +36,7 @@ class ExpertStack(Layer):
     def problems(self) -> Iterable[Problem]:
         yield self.matrix_problem(self.op, **self.dims)
 
-    def prepare(self, stored: Iterable[QuantisedRows] | None = None) -> None:
+    def prepare(self, stored: Iterable[StoredMatrix] | None = None) -> None:
         """`stored`: the matrices (n, k), expert by expert."""
         (problem,) = self.problems()
         self.matrix = self.build.prepared(self.op, stored or self.weight, problem)

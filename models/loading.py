@@ -10,9 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..common.checkpoint.block_floats import Fp8Blocks, Mxfp4Rows
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..common.checkpoint.checkpoint import Checkpoint
-from ..common.checkpoint.quantised_rows import QuantisedRows
 from ..common.checkpoint.quantization_config import has_block_scales, packed_scheme
 from ..common.errors import CheckpointError
 from ..platforms.interface import LoadProgress
@@ -73,7 +72,7 @@ class WeightSource(Protocol):
         """Whether a model that has no such tensor computes the same without it."""
         ...
 
-    def quantised(self, name: str) -> QuantisedRows | Fp8Blocks | Mxfp4Rows:
+    def quantised(self, name: str) -> StoredMatrix:
         """A whole matrix in the form that it is stored in, when that is not a dtype."""
         ...
 

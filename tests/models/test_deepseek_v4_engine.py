@@ -1,4 +1,4 @@
-"""Contract: DeepSeek-V4 through the engine and the torch executor gives each request the tokens that
+"""Contract: DeepSeek-V4 through engine and torch executor gives each request the tokens that
 transformers gives it: beside rows of other lengths, in chunks, after a prefix hit that restores
 windows, entries and open spans, after preemption, in pages of any size.
 
@@ -60,10 +60,10 @@ def test_unlike_rows_in_chunks(path: Path, model: Any, page_size: int) -> None:
 def test_a_prefix_hit_goes_on_from_restored_state(path: Path, model: Any, page_size: int) -> None:
     shared = tokens(150, 5)
     with running(path, page_size=page_size, max_context=256, max_step_tokens=64) as engine:
-        complete(engine, [shared + [7, 9]], 2)
+        complete(engine, [[*shared, 7, 9]], 2)
         # The first to branch off leaves a snapshot where it does, and the next ones begin there.
-        complete(engine, [shared + [8]], 2)
-        prompts = [shared + [11, 12, 13], shared + [21]]
+        complete(engine, [[*shared, 8]], 2)
+        prompts = [[*shared, 11, 12, 13], [*shared, 21]]
         found = complete(engine, prompts, STEPS)
     for given, outputs in zip(prompts, found, strict=True):
         assert cached_of(outputs) >= 128
@@ -128,7 +128,7 @@ def test_a_state_that_is_not_restored_shows(
     shared, wrong = tokens(150, 5), []
     with running(path, page_size=2, max_context=256, max_step_tokens=64) as engine:
         for last in range(6):
-            given = shared[: 146 + last // 2] + [last]
+            given = [*shared[: 146 + last // 2], last]
             (outputs,) = complete(engine, [given], STEPS)
             wrong.append(differs(model, given, tokens_of(outputs)))
     assert any(wrong)
