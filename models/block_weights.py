@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.checkpoint.block_floats import Fp8Blocks, Mxfp4Rows
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..common.checkpoint.block_scaled import BlockMatrix, find_blocks
-from ..common.checkpoint.quantised_rows import QuantisedRows
 from .safetensors_weights import SafetensorsWeights
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -37,7 +36,7 @@ class BlockWeights(SafetensorsWeights):
     def scheme(self, name: str) -> str:
         return self._matrices[name].scheme if name in self._matrices else super().scheme(name)
 
-    def quantised(self, name: str) -> QuantisedRows | Fp8Blocks | Mxfp4Rows:
+    def quantised(self, name: str) -> StoredMatrix:
         if name in self._matrices:
             return self._matrices[name].read()
         return super().quantised(name)

@@ -4,7 +4,7 @@ entries, mixtures of experts. Its draft layers are known and not loaded."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,10 @@ from .layers import Build, Embedding, HeadNorm, Layer, Linear
 from .rope import Rope
 
 
-@dataclass(frozen=True, slots=True)
-class Open:
-    """Streams (T, N, D) that a sub-layer's result is still to be written back to, and how."""
+class WriteBack(NamedTuple):
+    """What a sub-layer made (T, D), and how it goes back into the streams."""
 
-    streams: Tensor
+    made: Tensor
     post: Tensor
     mixing: Tensor
 
@@ -41,43 +40,30 @@ class Mixer(Layer):
         self.scale = build.parameter(3, dtype=torch.float32)
         self.args, self.first = args, first
 
-    def enter(self, streams: Tensor, norm: HeadNorm) -> tuple[Tensor, Open]:
-        """The model's first sub-layer: (its normed input (T, D), what is open)."""
-        args = self.args
-        x, post, mixing = self.ops.mhc_pre(
-            streams, self.fn, self.base, self.scale, args.sinkhorn, args.mix_eps, args.eps
-        )
-        return self.ops.rms_norm(x, norm.weight, args.eps), Open(streams, post, mixing)
-
-    def join(self, made: Tensor, last: Open, norm: HeadNorm) -> tuple[Tensor, Open]:
-        """The same, after `made` (T, D) by the sub-layer before is written back."""
-        args = self.args
+    def forward(
+        self, streams: Tensor, last: WriteBack | None, norm: HeadNorm
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """streams (T, N, D) -> the same with `last` written back, the next sub-layer's normed input
+        (T, D), and post and mixing for what that makes."""
+        args, own = self.args, (self.fn, self.base, self.scale)
+        numbers = (args.sinkhorn, args.mix_eps, args.eps)
+        if last is None:
+            x, post, mixing = self.ops.mhc_pre(streams, *own, *numbers)
+            return streams, self.ops.rms_norm(x, norm.weight, args.eps), post, mixing
+        made, post, mixing = last
         streams, x, post, mixing = self.ops.mhc_post_pre(
-            made,
-            last.streams,
-            last.post,
-            last.mixing,
-            self.fn,
-            self.base,
-            self.scale,
-            norm.weight,
-            args.sinkhorn,
-            args.mix_eps,
-            args.eps,
+            made, streams, post, mixing, *own, norm.weight, *numbers
         )
-        return x, Open(streams, post, mixing)
+        return streams, x, post, mixing
 
     def problems(self) -> Iterable[Problem]:
         sizes = {"streams": self.args.streams, "width": self.args.width}
         if self.first:
             yield self.build.problem("mhc_pre", **sizes)
-            yield self.build.problem("rms_norm", width=self.args.width, weight_bytes=self._bytes)
+            size = self.build.dtype.itemsize
+            yield self.build.problem("rms_norm", width=self.args.width, weight_bytes=size)
         else:
             yield self.build.problem("mhc_post_pre", **sizes)
-
-    @property
-    def _bytes(self) -> int:
-        return self.build.dtype.itemsize
 
 
 class Collapse(Layer):
@@ -90,8 +76,9 @@ class Collapse(Layer):
         self.scale = build.parameter(1, dtype=torch.float32)
         self.args = args
 
-    def forward(self, made: Tensor, last: Open) -> Tensor:
-        streams = self.ops.mhc_post(made, last.streams, last.post, last.mixing)
+    def forward(self, streams: Tensor, last: WriteBack) -> Tensor:
+        made, post, mixing = last
+        streams = self.ops.mhc_post(made, streams, post, mixing)
         args = self.args
         result: Tensor = self.ops.mhc_head(
             streams, self.fn, self.base, self.scale, args.mix_eps, args.eps
@@ -113,6 +100,19 @@ class DeepseekV4Block(nn.Module):
         self.hc_ffn = Mixer(args, False, build)
         self.ffn_norm = HeadNorm(args.width, args.eps, build)
         self.ffn = DeepseekV4Experts(args, layer, build)
+
+    def forward(
+        self,
+        streams: Tensor,
+        last: WriteBack | None,
+        token_ids: Tensor,
+        angles: Angles,
+        step: Step,
+    ) -> tuple[Tensor, WriteBack]:
+        streams, x, post, mixing = self.hc_attn(streams, last, self.attn_norm)
+        last = WriteBack(self.attn(x, angles, step), post, mixing)
+        streams, x, post, mixing = self.hc_ffn(streams, last, self.ffn_norm)
+        return streams, WriteBack(self.ffn(x, token_ids), post, mixing)
 
 
 class DeepseekV4Model(Model):
@@ -146,16 +146,11 @@ class DeepseekV4Model(Model):
         embedded = self.embed(token_ids)
         streams = embedded.unsqueeze(1).expand(-1, self.args.streams, -1).contiguous()
         angles = self._angles(positions)
-        made, last = None, None
+        last = None
         for block in self.layers:
-            if made is None or last is None:
-                x, last = block.hc_attn.enter(streams, block.attn_norm)
-            else:
-                x, last = block.hc_attn.join(made, last, block.attn_norm)
-            made = block.attn(x, angles, step)
-            x, last = block.hc_ffn.join(made, last, block.ffn_norm)
-            made = block.ffn(x, token_ids)
-        return self.norm(self.hc_head(made, last))
+            streams, last = block(streams, last, token_ids, angles, step)
+        result: Tensor = self.norm(self.hc_head(streams, last))
+        return result
 
     def _angles(self, positions: Tensor) -> Angles:
         ratios = {ratio for ratio in self.args.ratios if ratio}
@@ -163,4 +158,5 @@ class DeepseekV4Model(Model):
         return Angles(self.window_rope(positions), self.entry_rope(positions), completed)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden).float()
+        logits: Tensor = self.lm_head(hidden)
+        return logits.float()

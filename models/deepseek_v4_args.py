@@ -12,8 +12,8 @@ from .base import Placement
 
 
 class Kind(Enum):
-    """What a layer's attention sees: a window of tokens, and beside it compressed entries of all
-    before. SPARSE pools overlapping spans and selects entries with an indexer; DENSE does neither."""
+    """What a layer's attention sees beside a window of tokens: compressed entries of all before.
+    SPARSE pools overlapping spans and selects entries with an indexer; DENSE does neither."""
 
     WINDOW = 0
     SPARSE = 4

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..platforms.interface_kernels import Problem
 from ..platforms.interface_kv import CacheNeed, KVKind, StateArray
 from .base import Step
@@ -62,7 +63,8 @@ class Compressor(Layer):
 
     @property
     def need(self) -> CacheNeed:
-        return CacheNeed(KVKind.COMPRESSED, 1, self.dim, ratio=self.ratio)
+        dtype = self.build.dtype_name
+        return CacheNeed(KVKind.COMPRESSED, 1, self.dim, ratio=self.ratio, dtype=dtype)
 
     def forward(
         self, x: Tensor, state: Tensor, slots: Tensor, site: int, angles: Angles, step: Step
@@ -141,7 +143,7 @@ class GroupedOutput(Layer):
         made: Tensor = self.ops.inverse_rope_grouped_linear(x, *rotary, self.matrix)
         return made
 
-    def prepare(self, stored: Iterable[Any] | None = None) -> None:
+    def prepare(self, stored: Iterable[StoredMatrix] | None = None) -> None:
         (problem,) = self.problems()
         shape = tuple(self.sizes.values())
         self.matrix = self.build.prepared(problem.op, self.weight.view(shape), problem)
@@ -171,8 +173,8 @@ class DeepseekV4Attention(Layer):
         self.args, self.ratio = args, ratio
 
     def needs(self) -> list[CacheNeed]:
-        args = self.args
-        needs = [CacheNeed(KVKind.WINDOW, 1, args.head_dim, args.window, shared=True)]
+        dim, window, dtype = self.args.head_dim, self.args.window, self.build.dtype_name
+        needs = [CacheNeed(KVKind.WINDOW, 1, dim, window, shared=True, dtype=dtype)]
         if self.compressor is not None:
             parts = [self.compressor]
             if self.indexer is not None:

@@ -10,9 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..common.checkpoint.block_floats import Fp8Blocks, Mxfp4Rows
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..common.checkpoint.checkpoint import Checkpoint
-from ..common.checkpoint.quantised_rows import QuantisedRows
 from ..common.checkpoint.quantization_config import has_block_scales, packed_scheme
 from ..common.errors import CheckpointError
 from ..platforms.interface import LoadProgress
@@ -29,6 +28,8 @@ from .packed_weights import PackedWeights
 from .quantization import FLOATS, assign_schemes
 from .qwen2 import Qwen2Model
 from .qwen3 import Qwen3Model
+from .qwen3_5 import Qwen35Model
+from .qwen3_5_moe import Qwen35MoeModel
 from .qwen3_moe import Qwen3MoeModel
 from .safetensors_weights import SafetensorsWeights
 from .stale_matrices import origin_of
@@ -39,6 +40,8 @@ FAMILIES: dict[str, Callable[..., Model]] = {
     "qwen2": Qwen2Model,
     "qwen3": Qwen3Model,
     "qwen3_moe": Qwen3MoeModel,
+    "qwen3_5_text": Qwen35Model,
+    "qwen3_5_moe_text": Qwen35MoeModel,
     "gemma3_text": Gemma3Model,
     "deepseek_v4": DeepseekV4Model,
 }
@@ -73,7 +76,7 @@ class WeightSource(Protocol):
         """Whether a model that has no such tensor computes the same without it."""
         ...
 
-    def quantised(self, name: str) -> QuantisedRows | Fp8Blocks | Mxfp4Rows:
+    def quantised(self, name: str) -> StoredMatrix:
         """A whole matrix in the form that it is stored in, when that is not a dtype."""
         ...
 

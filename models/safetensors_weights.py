@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.checkpoint.block_floats import Fp8Blocks, Mxfp4Rows
-from ..common.checkpoint.quantised_rows import QuantisedRows
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..common.checkpoint.safetensors_index import ITEM_BYTES, StoredTensor, read_tables
 from ..common.errors import CheckpointError
 
@@ -66,7 +65,7 @@ class SafetensorsWeights:
     def is_spare(self, name: str) -> bool:
         return False
 
-    def quantised(self, name: str) -> QuantisedRows | Fp8Blocks | Mxfp4Rows:
+    def quantised(self, name: str) -> StoredMatrix:
         raise CheckpointError(f"{self.where(name)} is not quantised.")
 
     def copy_into(self, name: str, target: Tensor) -> None:

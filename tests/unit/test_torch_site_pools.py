@@ -52,7 +52,7 @@ def states() -> TorchStatePool:
 
 
 @pytest.mark.parametrize(
-    "page_size, ratio, entries", [(16, 4, 4), (1, 4, 1), (24, 16, 2), (8, 1, 8)]
+    ("page_size", "ratio", "entries"), [(16, 4, 4), (1, 4, 1), (24, 16, 2), (8, 1, 8)]
 )
 def test_a_page_has_room_for_the_entries_that_its_tokens_complete(
     page_size: int, ratio: int, entries: int
@@ -109,7 +109,9 @@ def test_reserved_buffers_hold_any_smaller_step_and_pad_it() -> None:
         table, slots, (start, context) = (
             part.bind(part.plan(step), place) for part, place in zip(parts, reserved, strict=True)
         )
-        assert table is reserved[0] and slots is reserved[1] and start is reserved[2][0]
+        assert table is reserved[0]
+        assert slots is reserved[1]
+        assert start is reserved[2][0]
         count, more = len(lengths), 4 - len(lengths)
         assert table[:count, :2].tolist() == step.page_tables["c"].tolist()
         assert not table[count:].any()
@@ -129,10 +131,11 @@ def test_a_step_gives_each_site_its_own_part_of_a_group() -> None:
     second = step.state(2)
     assert second.slots.tolist() == [3]
     second.arrays[0].fill_(2.0)  # in place: of the second site only
-    assert bool((kept.data[0][1] == 2.0).all()) and not bool((kept.data[0][0] == 2.0).any())
+    assert bool((kept.data[0][1] == 2.0).all())
+    assert not bool((kept.data[0][0] == 2.0).any())
     found = step.pages(1)
     assert (found.page_size, found.entries, found.cache.shape) == (16, 4, (PAGES * 4, 5))
     with pytest.raises(TypeError, match="site 1 keeps compressed pages"):
         step.state(1)
-    with pytest.raises(TypeError, match="site 0 .* has no vectors"):
+    with pytest.raises(TypeError, match=r"site 0 .* has no vectors"):
         step.pages(0)
