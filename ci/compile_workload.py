@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from compile_targets import Target
-from compile_workload_mixers import recurrent, tensor, vectors
+from compile_workload_mixers import compressing, recurrent, streams, tensor, vectors
 
 from sixfold.common.ops.registry import KernelRegistry
 from sixfold.common.ops.sample_cases import sampling_arrays
@@ -44,6 +44,8 @@ def work(target: Target) -> dict[str, Callable[[], object]]:
         **_quantised(ops),
         **recurrent(ops),
         **vectors(ops, target.facts),
+        **streams(ops),
+        **compressing(ops),
     }
 
 

@@ -13,7 +13,7 @@ from sixfold.platforms.interface import DeviceFacts
 from sixfold.platforms.triton_kernels.tuning import choose
 
 TOKENS = 48
-STATE_BYTES = 3 << 30
+CACHE_BYTES = 3 << 30
 """More than 2 GiB: what fits 32-bit offsets is compiled otherwise on AMD."""
 
 
@@ -33,7 +33,7 @@ def rows_of(count: int) -> tuple[Tensor, Tensor, Tensor]:
 def recurrent(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
     """A step of rows that decode, and one with longer rows."""
     rows, key, value, dim = 8, 16, 32, 128
-    state = tensor(STATE_BYTES // (4 * value * dim * dim), value, dim, dim, dtype=torch.float32)
+    state = tensor(CACHE_BYTES // (4 * value * dim * dim), value, dim, dim, dtype=torch.float32)
     per_head = [tensor(value, dtype=torch.float32) for _ in range(2)]
     work: dict[str, Callable[[], object]] = {}
     for name, tokens in (("decode", rows), ("prefill", 512)):
@@ -63,17 +63,60 @@ def vectors(ops: dict[str, Any], facts: DeviceFacts) -> dict[str, Callable[[], o
     for name, tokens in (("decode", rows), ("prefill", 512)):
         slots, starts, contexts = rows_of(rows)
         table = slots.view(rows, 1).expand(rows, 64).contiguous()
-        cache = tensor(STATE_BYTES // 1152, 576)
+        cache = tensor(CACHE_BYTES // 1152, 576)
         work[f"latent_attention {name}"] = partial(
             ops["latent_attention"], tensor(tokens, 128, 576), tensor(tokens, 576), cache, table,
             starts, contexts, page, 512, 0.1,
         )  # fmt: skip
         q, kv, sinks = tensor(tokens, heads, 512), tensor(tokens, 512), tensor(heads).float()
-        window = tensor(STATE_BYTES // 1024, 512)
+        window = tensor(CACHE_BYTES // 1024, 512)
         asked = (q, kv, sinks, window, table, starts, contexts, page, 128, 0.1)
         entries = {"entries": window, "entry_table": table, "ratio": 128}
         some = {**entries, "ratio": 4, "selected": torch.empty((tokens, 512), dtype=torch.int64)}
         for kind, more in (("window", {}), ("all entries", entries), ("selected", some)):
             run = partial(ops["compressed_attention"], *asked, **more)
             work[f"compressed_attention {kind}, {name}"] = run
+    return work
+
+
+def streams(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    """Hyper-connections of DeepSeek-V4 Flash, for few tokens and for many."""
+    count, width, single = 4, 4096, torch.float32
+    outputs = (2 + count) * count
+    mixer = tensor(outputs, count * width, dtype=single), tensor(outputs, dtype=single)
+    scale, norm = tensor(3, dtype=single), tensor(width)
+    work: dict[str, Callable[[], object]] = {}
+    for name, tokens in (("few", 8), ("many", 512)):
+        old, made = tensor(tokens, count, width), tensor(tokens, width)
+        post = tensor(tokens, count, dtype=single)
+        finished = made, old, post, tensor(tokens, count, count, dtype=single)
+        run = partial(ops["mhc_post_pre"], *finished, *mixer, scale, norm, 20, 1e-6, 1e-6)
+        work[f"mhc_post_pre {name}"] = run
+    head = mixer[0][:count], mixer[1][:count], scale[:1]
+    work["mhc_pre"] = partial(ops["mhc_pre"], old, *mixer, scale, 20, 1e-6, 1e-6)
+    work["mhc_post"] = partial(ops["mhc_post"], *finished)
+    work["mhc_head"] = partial(ops["mhc_head"], old, *head, 1e-6, 1e-6)
+    return work
+
+
+def compressing(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    """Entries of DeepSeek-V4: of 4 tokens with those before, of 128, and the indexer's keys."""
+    rows, page, single = 8, 256, torch.float32
+    work: dict[str, Callable[[], object]] = {}
+    for kind, ratio, parts, dim in (("4", 4, 2, 512), ("128", 128, 1, 512), ("index", 4, 2, 128)):
+        width = parts * dim
+        state = tensor(CACHE_BYTES // (8 * width * 128), parts * ratio, 2 * width, dtype=single)
+        cache, weight = tensor(CACHE_BYTES // (2 * dim), dim), tensor(dim, dtype=single)
+        for name, tokens in (("decode", rows), ("prefill", 512)):
+            slots, starts, contexts = rows_of(rows)
+            angles = tensor(tokens, 32, dtype=single)
+            work[f"compress {kind}, {name}"] = partial(
+                ops["compress_norm_rope_store"], tensor(tokens, 2 * width, dtype=single), state,
+                slots, tensor(ratio, width, dtype=single), weight, 1e-6, angles, angles, cache,
+                slots.view(rows, 1).expand(rows, 64).contiguous(), starts, contexts, page,
+            )  # fmt: skip
+    table = integers(rows).view(rows, 1).expand(rows, 512).contiguous()
+    _, starts, contexts = rows_of(rows)
+    asked = tensor(rows, 64, 128), tensor(rows, 64), tensor(CACHE_BYTES // 256, 128), table
+    work["index_topk"] = partial(ops["index_topk"], *asked, starts, contexts, page, 4, 512)
     return work

@@ -47,6 +47,12 @@ OPS = {
     "latent_attention": "vector_attention",
     "compressed_attention": "vector_attention",
     "merge_state": "merge_state",
+    "mhc_pre": "hyper_connections",
+    "mhc_post": "hyper_connections",
+    "mhc_post_pre": "hyper_connections",
+    "mhc_head": "hyper_connections",
+    "compress_norm_rope_store": "compress",
+    "index_topk": "index_topk",
 }
 """Op -> the module that has its kernel."""
 
@@ -61,9 +67,10 @@ WEIGHTS = {"linear": SCHEMES, "embedding": INTEGERS}
 """Op -> schemes of its matrix. Plain ones beside quantised ones take torch's product in `linear`; a
 model that has plain ones alone is left to torch."""
 
-NORMS = frozenset({"rms_norm", "add_rms_norm", "layer_norm"})
-VECTORS = frozenset({"latent_attention", "compressed_attention"})
-"""Ops where one vector is key and value of all heads."""
+STREAMS = frozenset({"mhc_pre", "mhc_post", "mhc_post_pre", "mhc_head"})
+WHOLE_ROWS = STREAMS | {"rms_norm", "add_rms_norm", "layer_norm"}
+VECTORS = frozenset({"latent_attention", "compressed_attention", "index_topk"})
+"""Ops where one vector serves all heads."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -85,19 +92,25 @@ def requires(facts: DeviceFacts, problem: Problem) -> str | None:
         return f"serves {', '.join(DTYPES)}, not {problem.dtype}"
     if problem.dtype not in facts.dtypes:
         return f"{facts.name} does not compute in {problem.dtype}"
-    return _too_wide(facts, problem)
+    return _misfit(facts, problem)
 
 
-def _too_wide(facts: DeviceFacts, problem: Problem) -> str | None:
-    """Why what a program keeps of a row does not fit its registers, or None."""
+def _misfit(facts: DeviceFacts, problem: Problem) -> str | None:
+    """Why what a program keeps of a row does not fit its tiles or registers, or None."""
     dims, cut = problem.dims, tuning.choose(facts)
-    if problem.op in NORMS and dims.get("width", 0) > MOST_COLUMNS:
+    if problem.op in WHOLE_ROWS and dims.get("width", 0) > MOST_COLUMNS:
         return f"rows of up to {MOST_COLUMNS} columns, not {dims['width']}"
+    if problem.op in STREAMS:
+        streams = dims.get("streams", 1)
+        if streams & (streams - 1):
+            return f"a power of two of streams, not {streams}"
     if problem.op in VECTORS:
         value = dims.get("value_dim", dims.get("dim", 0))
         most = cut.float32_dim if problem.dtype == "float32" else cut.vector_dim
         if value > most:
-            return f"values of up to {most} numbers in {problem.dtype} on {facts.name}, not {value}"
+            return (
+                f"vectors of up to {most} numbers in {problem.dtype} on {facts.name}, not {value}"
+            )
     return None
 
 

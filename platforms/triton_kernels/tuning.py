@@ -48,6 +48,8 @@ class Tuning:
     row_elements: int
     splits: int
     least_blocks: int
+    mhc_few: int
+    mhc_slices: int
     narrow: Tile
     wide: Tile
     narrow_float32: Tile
@@ -60,6 +62,12 @@ class Tuning:
     delta_chunk: Tile
     vectors: Tile
     vectors_wide: Tile
+    mhc: Tile
+    mhc_many: Tile
+    index: Tile
+    index_float32: Tile
+    select: Tile
+    pool: Tile
 
     def warps(self, elements: int) -> int:
         """Warps for a pointwise tile of so many elements, a power of two."""

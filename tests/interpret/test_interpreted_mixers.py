@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.interpreted_cases import CUT_BY_LANES, FEW
+from support.interpreted_cases import FEW, ON_64_LANES
 from support.triton_checks import (
     WARP_64,
     is_caught,
@@ -22,7 +22,12 @@ from support.triton_checks import (
 from sixfold.common.ops import OPS
 from sixfold.platforms.interface import DeviceFacts
 from sixfold.platforms.torch_runtime import kernels as generic
-from sixfold.platforms.triton_kernels import tuning, vector_attention
+from sixfold.platforms.triton_kernels import (
+    compress,
+    hyper_connections,
+    tuning,
+    vector_attention,
+)
 from sixfold.platforms.triton_kernels.register import OPS as MODULES
 
 FACTS = [triton_facts(), WARP_64]
@@ -33,15 +38,18 @@ def kernel_of(op: str, facts: DeviceFacts | None = None) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("op", "facts"),
-    [*((op, FACTS[0]) for op in FEW), *((op, WARP_64) for op in CUT_BY_LANES)],
-    ids=lambda x: x if isinstance(x, str) else f"{x.lane_width}_lanes",
+    ("op", "facts", "some"),
+    [
+        *((op, FACTS[0], cases) for op, cases in FEW.items()),
+        *((op, WARP_64, cases) for op, cases in ON_64_LANES.items()),
+    ],
+    ids=lambda x: f"{x.lane_width}_lanes" if isinstance(x, DeviceFacts) else str(x),
 )
 def test_kernel_equals_its_reference(
-    op: str, facts: DeviceFacts, request: pytest.FixtureRequest
+    op: str, facts: DeviceFacts, some: tuple[str, ...], request: pytest.FixtureRequest
 ) -> None:
     complete = request.config.getoption("--all-cases")
-    names = () if complete else FEW[op]
+    names = () if complete else some
     verdict = verdict_on(OPS[op], names, kernel_of(op, facts).fn, "float32")
     assert verdict.status == "pass", verdict
     if complete:
@@ -49,7 +57,7 @@ def test_kernel_equals_its_reference(
         assert verdict.status == "pass", verdict
 
 
-@pytest.mark.parametrize("op", FEW)
+@pytest.mark.parametrize("op", ["gated_delta", "compressed_attention", "compress_norm_rope_store"])
 def test_sixteen_bits(op: str) -> None:
     verdict = verdict_on(OPS[op], FEW[op][:1], kernel_of(op).fn, "float16")
     assert verdict.status == "pass", verdict
@@ -95,6 +103,9 @@ FAULTS = [
     ("conv1d_update", "seen = token - (TAPS - 1) + i", "seen = token - TAPS + i", None),
     ("conv1d_update", "(kept + count).to", "(kept + count - 1).to", None),
     ("conv1d_update", SLOT, CLAMPED, None),
+    ("index_topk", "bits ^ every, bits | sign", "bits, bits | sign", None),
+    ("index_topk", "(nth_equal <= wanted)", "(nth_equal < wanted)", None),
+    ("index_topk", "tl.maximum(products, 0.0)", "products", None),
 ]  # fmt: skip
 
 
@@ -106,12 +117,8 @@ def test_a_faulty_source_is_caught(
     assert is_caught(OPS[op], partial(fn, tuning.choose(facts or triton_facts())), FEW[op])
 
 
-VECTOR_FAULTS = [
-    (
-        "latent_attention",
-        "position % PAGE_SIZE\n    column",
-        "position % PAGE_SIZE * 0\n    column",
-    ),
+INNER_FAULTS = [
+    ("latent_attention", "% PAGE_SIZE\n    column", "% PAGE_SIZE * 0\n    column"),
     ("latent_attention", "more = VALUE + tl.arange(0, BLOCK_R)", "more = tl.arange(0, BLOCK_R)"),
     ("latent_attention", "seen = key <= position", "seen = key < position"),
     ("latent_attention", "part < parts, other=0.0", "part < 1, other=0.0"),
@@ -119,14 +126,52 @@ VECTOR_FAULTS = [
     ("compressed_attention", "entry < (position + 1) // RATIO", "entry < position // RATIO"),
     ("compressed_attention", "entry * RATIO + RATIO - 1", "entry * RATIO"),
     ("compressed_attention", "mask=head < HEADS, other=0.0) * LOG2E", "mask=head < 0, other=0.0)"),
+    ("mhc_post_pre", "(row * N + i) * N + J", "(row * N + J) * N + i"),
+    ("mhc_pre", "axis=1, keep_dims=True) + eps)", "axis=0, keep_dims=True) + eps)"),
+    ("mhc_pre", "2.0 * tl.sigmoid(post)", "tl.sigmoid(post)"),
+    ("mhc_head", "squares / (N * width)", "squares / width"),
+    ("compress_norm_rope_store", "(position + 1) % RATIO == 0", "position % RATIO == 0"),
+    ("compress_norm_rope_store", "first + place >= 0", "first + place >= -99"),
+    ("compress_norm_rope_store", "two * cos + one * sin", "two * cos - one * sin"),
+    ("compress_norm_rope_store", "+ position % RING * WIDTH", "+ 0 * position * WIDTH"),
 ]
+INNER = {
+    "latent_attention": (vector_attention, "vector_kernels"),
+    "compressed_attention": (vector_attention, "vector_kernels"),
+    "mhc_post_pre": (hyper_connections, "hyper_kernels"),
+    "mhc_pre": (hyper_connections, "hyper_kernels"),
+    "mhc_head": (hyper_connections, "hyper_kernels"),
+    "compress_norm_rope_store": (compress, "compress_kernels"),
+}
+"""Op -> the module that launches, and the one that has its kernels."""
 
 
-@pytest.mark.parametrize(("op", "old", "new"), VECTOR_FAULTS)
-def test_a_fault_in_vector_attention_is_caught(
+@pytest.mark.parametrize(("op", "old", "new"), INNER_FAULTS)
+def test_a_fault_in_a_kernel_is_caught(
     op: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faulty = with_fault("vector_kernels", old, new, tmp_path)
-    for name in ("store_kernel", "vector_attention_kernel", "vector_merge_kernel"):
-        monkeypatch.setattr(vector_attention, name, getattr(faulty, name))
+    launching, kernels = INNER[op]
+    faulty = with_fault(kernels, old, new, tmp_path)
+    for name in [name for name in vars(launching) if name.endswith("_kernel")]:
+        monkeypatch.setattr(launching, name, getattr(faulty, name))
     assert is_caught(OPS[op], kernel_of(op).fn, FEW[op])
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(2, torch.bfloat16), (33, torch.float16)], ids=str)
+def test_the_fused_residual_is_that_of_the_composition(tokens: int, dtype: torch.dtype) -> None:
+    """Bit for bit, of two tiles of the table, and in memory of its own."""
+    assert tuning.choose(triton_facts()).mhc_few == 32
+    torch.manual_seed(0)
+    made, streams = torch.randn(tokens, 33).to(dtype), torch.randn(tokens, 4, 33).to(dtype)
+    post, mixing = torch.rand(tokens, 4), torch.rand(tokens, 4, 4)
+    mixer = torch.randn(24, 4 * 33), torch.randn(24), torch.rand(3)
+    before = streams.clone()
+    new, *_ = kernel_of("mhc_post_pre").fn(
+        made, streams, post, mixing, *mixer, torch.ones(33), 20, 1e-6, 1e-6
+    )
+    assert torch.equal(new, kernel_of("mhc_post").fn(made, streams, post, mixing))
+    assert torch.equal(streams, before)
+    assert new.data_ptr() != streams.data_ptr()
+    if dtype == torch.float16:
+        wanted = generic.GENERIC["mhc_post"](made, streams, post, mixing)
+        torch.testing.assert_close(new, wanted, atol=0.0, rtol=2e-3)
