@@ -79,7 +79,7 @@ def _streams(
     outputs = 0 if fn is None else len(fn)
     new = streams if finished is None else torch.empty_like(streams)
     tile = tuning.mhc if tokens <= tuning.mhc_few else tuning.mhc_many
-    slices = tuning.mhc_slices
+    slices = min(tuning.mhc_slices, power_of_two(ceil_div(width, tile.block_k)))
     slice_width = tile.block_k * ceil_div(width, tile.block_k * slices)
     sums = streams.new_empty((slices, tokens, outputs), dtype=torch.float32)
     squares = streams.new_empty((slices, tokens), dtype=torch.float32)
@@ -147,7 +147,7 @@ def _finish(
             HEAD=head,
             NORM=norm_weight is not None,
             N=count,
-            SPLITS=tuning.mhc_slices,
+            SPLITS=len(sums[0]),
             COLUMNS=columns,
             num_warps=tuning.warps(columns),
         )

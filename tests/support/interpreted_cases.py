@@ -8,8 +8,8 @@ FEW: dict[str, tuple[str, ...]] = {
     "conv1d_update": ("mixed_with_padding", "odd_channels", "more_taps_than_tokens"),
     "latent_attention": ("decode_unlike_lengths", "odd_dims", "prefill_page_1"),
     "mhc_post": ("odd_width",),
-    "mhc_pre": ("sinkhorn_2", "saturated", "two_streams"),
-    "mhc_post_pre": ("odd_width", "beyond_a_tile"),
+    "mhc_pre": ("sinkhorn_2", "saturated"),
+    "mhc_post_pre": ("two_streams", "beyond_a_tile"),
     "mhc_head": ("odd_width",),
     "compress_norm_rope_store": ("padding", "mixed_padding", "odd_width"),
     "index_topk": ("decode", "one_head", "all_equal"),
@@ -20,6 +20,6 @@ FEW: dict[str, tuple[str, ...]] = {
 ON_64_LANES = {
     "gated_delta": FEW["gated_delta"],
     "conv1d_update": FEW["conv1d_update"][:1],
-    "mhc_post_pre": ("odd_width",),
+    "mhc_post_pre": ("two_streams",),
 }
 """Those that are launched otherwise for 64 lanes than for 32: cases that run for both."""
