@@ -73,7 +73,9 @@ def vectors(ops: dict[str, Any], facts: DeviceFacts) -> dict[str, Callable[[], o
         asked = (q, kv, sinks, window, table, starts, contexts, page, 128, 0.1)
         entries = {"entries": window, "entry_table": table, "ratio": 128}
         some = {**entries, "ratio": 4, "selected": torch.empty((tokens, 512), dtype=torch.int64)}
-        for kind, more in (("window", {}), ("all entries", entries), ("selected", some)):
+        for kind, more in (("selected", some), ("window", {}), ("all entries", entries)):
+            if kind != "selected" and name == "prefill":
+                continue
             run = partial(ops["compressed_attention"], *asked, **more)
             work[f"compressed_attention {kind}, {name}"] = run
     return work
@@ -108,6 +110,8 @@ def compressing(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
         state = tensor(CACHE_BYTES // (8 * width * 128), parts * ratio, 2 * width, dtype=single)
         cache, weight = tensor(CACHE_BYTES // (2 * dim), dim), tensor(dim, dtype=single)
         for name, tokens in (("decode", rows), ("prefill", 512)):
+            if kind != "4" and name == "prefill":
+                continue
             slots, starts, contexts = rows_of(rows)
             angles = tensor(tokens, 32, dtype=single)
             work[f"compress {kind}, {name}"] = partial(

@@ -1,6 +1,6 @@
 """The gated delta rule over a step's rows with their states in slots (`common/ops/gated_delta.py`).
 
-Rows follow the recurrence, token by token, in one launch. Where the table says so (`delta.block_m`)
+Rows follow the recurrence, token by token, in one launch. Where the table says so (`delta_single`)
 a second launch takes the longer rows in chunks (Yang, Kautz and Hatamizadeh 2024, section 3.3), in
 steps that have more tokens than rows. What is launched follows from shapes and the table alone, so
 that a device graph can hold it.
@@ -229,7 +229,7 @@ def gated_delta(
     inputs = (q, k, v, a, b, a_log, dt_bias, state, out, slots, query_start, context_lens)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0))
     known = {"HEADS": heads, "GROUP": heads // q.shape[1], "KEY": q.shape[2], "VALUE": value}
-    short = tuning.delta.block_m if tokens > rows else 0
+    short = tuning.delta_single if tokens > rows else 0
     for tile, chunked in ((tuning.delta, False), (tuning.delta_chunk, True)):
         if chunked and not short:
             break

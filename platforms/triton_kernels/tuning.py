@@ -48,6 +48,7 @@ class Tuning:
     row_elements: int
     splits: int
     least_blocks: int
+    delta_single: int
     mhc_few: int
     mhc_slices: int
     narrow: Tile

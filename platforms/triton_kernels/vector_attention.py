@@ -95,10 +95,9 @@ def _attend(
     room = tokens * heads * splits if splits > 1 else 1
     partial = torch.empty((room, seen.value_dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((room, 2), dtype=torch.float32, device=q.device)
-    nothing = cache
     sinks = stats if seen.sinks is None else seen.sinks
     entry_table = rows.table if seen.table is None else seen.table
-    selected = seen.selected
+    selected = None if seen.selected is None else seen.selected.contiguous()
     shared = {
         "HEADS": heads,
         "VALUE": seen.value_dim,
@@ -116,7 +115,7 @@ def _attend(
     vector_attention_kernel[(tokens, ceil_div(heads, tile.block_m), splits)](
         q,
         cache,
-        nothing if seen.entries is None else seen.entries,
+        cache if seen.entries is None else seen.entries,
         out,
         partial,
         stats,

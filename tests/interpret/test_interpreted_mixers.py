@@ -65,7 +65,7 @@ def test_sixteen_bits(op: str) -> None:
 
 def test_the_gated_delta_rule_has_its_chunks_on_64_lanes_only() -> None:
     """So that both forms are tested above."""
-    cuts = [tuning.choose(facts).delta.block_m for facts in FACTS]
+    cuts = [tuning.choose(facts).delta_single for facts in FACTS]
     assert cuts == [0, 4]
 
 

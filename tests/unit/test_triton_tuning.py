@@ -7,7 +7,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 
 import pytest
 from support.kernel_checks import cpu_facts
@@ -82,16 +81,20 @@ def test_an_arch_between_rows_has_the_one_before(arch: tuple[int, ...], row: str
         assert tuning.choose(facts).name == row
 
 
+WITHOUT_PRODUCTS = {"delta", "mhc", "pool", "select"}
+
+
 def test_every_row_is_a_whole_tuning_with_sizes_that_are_powers_of_two() -> None:
     for row in tuning._table()["row"]:
         chosen = tuning.choose(cpu_facts(kind=row["kind"], arch=tuple(row["from"])))
         assert chosen.name == row["name"]
         sizes = [chosen.splits, chosen.row_elements, chosen.most_warps]
-        for tile in [
-            t for t in map(partial(getattr, chosen), chosen.__slots__) if isinstance(t, tuning.Tile)
-        ]:
-            sizes += [tile.block_m, tile.block_n, tile.warps]
-            assert tile.block_m >= 16 <= tile.block_n
+        sizes += [chosen.mhc_slices, chosen.mhc.block_k, chosen.mhc_many.block_k]
+        for name in chosen.__slots__:
+            tile = getattr(chosen, name)
+            if isinstance(tile, tuning.Tile):
+                sizes += [tile.block_m, tile.block_n, tile.warps]
+                assert name in WITHOUT_PRODUCTS or tile.block_m >= 16 <= tile.block_n
         for tile in (chosen.linear_narrow, chosen.linear, chosen.linear_float32):
             sizes.append(tile.block_k)
             assert tile.block_k >= 32, "a product is 16 deep, and a byte may have two numbers"
@@ -109,6 +112,18 @@ def test_requires_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         (GPU, replace(problem, dtype="float16"), "test CPU does not compute in float16"),
         (GPU, replace(problem, dtype="int8"), "serves float32, float16, bfloat16, not int8"),
         (GPU, replace(problem, dims={"width": 1 << 16}), "rows of up to 32768 columns, not 65536"),
+        (GPU, Problem("layer_norm", "float32", {"width": 1 << 16}), "rows of up to 32768 columns"),
+        (GPU, Problem("mhc_pre", "float32", {"streams": 3}), "a power of two of streams, not 3"),
+        (
+            GPU,
+            Problem("latent_attention", "bfloat16", {"dim": 576, "value_dim": 1024}),
+            "vectors of up to 512 numbers in bfloat16 on test CPU, not 1024",
+        ),
+        (
+            GPU,
+            Problem("compressed_attention", "float32", {"dim": 512}),
+            "vectors of up to 256 numbers in float32",
+        ),
         (GPU, replace(problem, weights="gptq_int4"), "has no gptq_int4 weights"),
         (replace(GPU, arch=(7, 5)), problem, "architecture 7.5 of test CPU is in no row"),
     ]:
