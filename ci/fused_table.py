@@ -4,9 +4,9 @@
 
 For one case of each op's contract, shaped like a decode step: how many operations torch runs in the
 generic kernel (each at least one launch on a GPU) and how many kernels the Triton one launches; the
-bytes that these load and store, beside the distinct bytes of arguments and results that they touch,
-which no kernel can avoid; the largest difference to the numpy reference over those cases that fit
-the time. Registers and vector spills are those of `ci/kernel_resources.json`. Nothing was timed.
+bytes that these load and store, beside the distinct bytes that they load of the arguments and
+store into the results, which no kernel can avoid; the largest difference to the numpy reference
+over those cases that fit the time. Registers and vector spills are those of `ci/kernel_resources.json`. Nothing was timed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ HEAD = """# Fused Triton kernels: what each saves
 
 `TRITON_INTERPRET=1 python ci/fused_table.py --write` made this page, on a machine without a GPU. One case per op, shaped like a decode step. *Launches*: operations that torch
 runs in the generic kernel (each at least one launch), and kernels that the Triton one launches. *Bytes*: what the kernels load and store, masked lanes left out, times over the
-distinct bytes of arguments and results that they touch (the floor); rereading of small cases stays in caches, and partial results are beyond the floor. *Error*: largest absolute
+distinct bytes that they load of the arguments and store into the results (the floor); what is read again mostly comes from a cache, and partial results are beyond the floor. *Error*: largest absolute
 difference to the numpy reference in float32, **interpreted**, over the cases that `tests/support/interpreted_cases.py` names. *Registers* and vector spills of each kernel: **compiled**
 for sizes of real models ([table](kernel-resources.md)). **Nothing here ran on a GPU, and nothing was timed.**
 """  # noqa: E501
@@ -90,23 +90,27 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+Accesses = list[tuple[Any, int]]
+"""(addresses of elements, bytes of an element)."""
+
+
 @dataclass
 class Traffic:
-    """Addresses, in chunks, of every byte that kernels loaded or stored."""
+    """What kernels loaded and stored."""
 
     launches: int = 0
-    elements: list[tuple[Any, int]] = field(default_factory=list)
-
-    def note(self, pointers: Any, mask: Any) -> None:
-        data = np.asarray(pointers.data)[np.asarray(mask.data, bool)]
-        self.elements.append((data.astype(np.int64).reshape(-1), _width(pointers)))
+    loads: Accesses = field(default_factory=list)
+    stores: Accesses = field(default_factory=list)
 
     def moved(self) -> int:
-        return sum(len(at) * width for at, width in self.elements)
+        return sum(len(at) * width for at, width in self.loads + self.stores)
 
-    def distinct(self, tensors: list[torch.Tensor]) -> int:
-        """Of the bytes in these tensors' memory."""
-        every = [at[:, None] + np.arange(width) for at, width in self.elements]
+    def floor(self, tensors: list[torch.Tensor]) -> int:
+        """Distinct bytes loaded and distinct bytes stored, of those in these tensors' memory."""
+        return sum(self._distinct(part, tensors) for part in (self.loads, self.stores))
+
+    def _distinct(self, accesses: Accesses, tensors: list[torch.Tensor]) -> int:
+        every = [at[:, None] + np.arange(width) for at, width in accesses]
         touched = np.unique(np.concatenate([at.reshape(-1) for at in every]))
         inside = np.zeros(len(touched), bool)
         for tensor in tensors:
@@ -116,8 +120,10 @@ class Traffic:
         return int(inside.sum())
 
 
-def _width(pointers: Any) -> int:
-    return int(pointers.get_element_ty().primitive_bitwidth) // 8
+def _access(pointers: Any, mask: Any) -> tuple[Any, int]:
+    data = np.asarray(pointers.data)[np.asarray(mask.data, bool)]
+    width = int(pointers.get_element_ty().primitive_bitwidth) // 8
+    return data.astype(np.int64).reshape(-1), width
 
 
 @contextmanager
@@ -130,11 +136,11 @@ def watching() -> Iterator[Traffic]:
     run = interpreter.InterpretedFunction.run
 
     def loading(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        traffic.note(pointers, mask)
+        traffic.loads.append(_access(pointers, mask))
         return load(self, pointers, mask, *rest)
 
     def storing(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        traffic.note(pointers, mask)
+        traffic.stores.append(_access(pointers, mask))
         return store(self, pointers, value, mask, *rest)
 
     def running(self: Any, *args: Any, **named: Any) -> Any:
@@ -174,7 +180,7 @@ def row(op: str, registry: KernelRegistry, device: HostedDevice, few: tuple[str,
         with watching() as traffic:
             made = results(kernel.fn(**given))
     memory = [x for x in (*given.values(), *made) if isinstance(x, torch.Tensor)]
-    floor = traffic.distinct(memory)
+    floor = traffic.floor(memory)
     chosen = replace(contract, cases=lambda rng: [c for c in cases if c.name in few or not few])
     subject = kernel_subject(contract, kernel, device.facts, TorchRunner(device))
     (verdict,) = check_op(chosen, [subject], dtypes=("float32",))
