@@ -4,9 +4,10 @@
 
 For one case of each op's contract, shaped like a decode step: how many operations torch runs in the
 generic kernel (each at least one launch on a GPU) and how many kernels the Triton one launches; the
-bytes that these load and store, beside the distinct bytes that they load of the arguments and
-store into the results, which no kernel can avoid; the largest difference to the numpy reference
-over those cases that fit the time. Registers and vector spills are those of `ci/kernel_resources.json`. Nothing was timed.
+bytes that these load and store, beside the distinct bytes that they load of the arguments and store
+into the results, which no kernel can avoid; the largest difference to the numpy reference over the
+cases that fit the time. Registers and vector spills are those of `ci/kernel_resources.json`.
+Nothing was timed.
 """
 
 from __future__ import annotations
