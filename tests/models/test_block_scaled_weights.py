@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain_step import logits
 from support.kernel_checks import generic_table
-from tiny_deepseek_v4 import CONFIG, prompt, tensors, write
+from support.plain_step import logits
+from support.tiny_deepseek_v4 import CONFIG, prompt, tensors, write
 from torch import Tensor
 
 from sixfold.common.checkpoint import block_floats

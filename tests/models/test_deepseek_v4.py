@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from plain_step import logits
 from support.kernel_checks import generic_table
-from tiny_deepseek_v4 import CONFIG, expected_logits, oracle, prompt, tensors, write
+from support.plain_step import logits
+from support.tiny_deepseek_v4 import CONFIG, expected_logits, oracle, prompt, tensors, write
 
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
 from sixfold.common.errors import CheckpointError

@@ -7,21 +7,25 @@ By teacher forcing: at every position, transformers' argmax must be our next tok
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from run_cpu import cached_of, complete, running, tokens_of
-from tiny_deepseek_v4 import expected_logits, oracle, prompt, tensors, write
+from support.run_engine import finish, serving, torch_executor
+from support.tiny_deepseek_v4 import expected_logits, oracle, prompt, tensors, write
 
-from sixfold.common.messages import AddRequest
+from sixfold.common.engine import Engine
+from sixfold.common.messages import AddRequest, Output
 from sixfold.common.sampling import SamplingParams
 from sixfold.platforms.torch_runtime import compress
 from sixfold.platforms.torch_runtime.site_pools import TorchStatePool
 
 STEPS = 14
+Prompt = list[int]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,33 @@ def model(path: Path) -> Any:
 
 def tokens(length: int, seed: int = 1) -> list[int]:
     return prompt(length, seed).tolist()
+
+
+@contextmanager
+def running(path: Path, **fields: Any) -> Iterator[Engine]:
+    with serving(torch_executor(path, dtype="float32", **fields)) as (engine, _):
+        yield engine
+
+
+def greedy(steps: int) -> SamplingParams:
+    return SamplingParams(max_tokens=steps, temperature=0.0, ignore_eos=True)
+
+
+def complete(engine: Engine, prompts: Sequence[Prompt], steps: int) -> list[list[Output]]:
+    """All prompts at once: what was said about each."""
+    for i, given in enumerate(prompts):
+        engine.add(AddRequest(request_id=str(i), prompt_ids=given, params=greedy(steps)))
+    found = finish(engine)
+    return [found[str(i)] for i in range(len(prompts))]
+
+
+def tokens_of(outputs: Sequence[Output]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def cached_of(outputs: Sequence[Output]) -> int:
+    """Tokens of the prompt that were found in the cache."""
+    return next(o.cached_tokens for o in outputs if o.cached_tokens is not None)
 
 
 def differs(model: Any, given: list[int], made: list[int]) -> str:
@@ -102,14 +133,15 @@ def test_each_gets_what_it_gets_alone(path: Path, model: Any, seed: int) -> None
     ]
     arrival = rng.integers(0, 25, len(prompts))
     fields = {"page_size": 4, "cache_tokens": 160, "max_context": 80, "max_step_tokens": 12}
-    params = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True)
     made: list[list[int]] = [[] for _ in prompts]
     ends: dict[int, str] = {}
     with running(path, max_rows=4, **fields) as engine:
         step = 0
         while len(ends) < len(prompts):
             for i in np.flatnonzero(arrival == step).tolist():
-                engine.add(AddRequest(request_id=str(i), prompt_ids=prompts[i], params=params))
+                engine.add(
+                    AddRequest(request_id=str(i), prompt_ids=prompts[i], params=greedy(STEPS))
+                )
             engine.abort([str(i) for i in (2, 5) if arrival[i] + 4 == step])
             for output in engine.step() if engine.has_work else ():
                 made[int(output.request_id)] += output.token_ids
