@@ -183,9 +183,7 @@ GENERIC: dict[str, Callable[..., Any]] = {
 }
 
 
-READS_ON_HOST = frozenset(
-    "moe moe_experts gated_delta latent_attention index_topk compressed_attention".split()
-)
+READS_ON_HOST = frozenset({"moe", "moe_experts", "gated_delta", "latent_attention"})
 
 
 def _anywhere(facts: DeviceFacts, problem: Problem) -> str | None:
