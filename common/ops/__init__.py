@@ -22,6 +22,7 @@ from . import (
     quantised_linear,
     rope,
     sample,
+    segment_attention,
 )
 
 MODULES = (
@@ -41,6 +42,7 @@ MODULES = (
     paged_attention,
     latent_attention,
     merge_state,
+    segment_attention,
     sample,
     logprobs,
 )

@@ -20,6 +20,7 @@ from .experts import moe, moe_experts, moe_route
 from .latent_attention import latent_attention, merge_state
 from .recurrent import conv1d_update, gated_delta
 from .sampler import mix32, sample, signed
+from .segment_attention import segment_attention
 from .widened_linear import widened_linear
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ GENERIC: dict[str, Callable[..., Any]] = {
     "gated_delta": gated_delta,
     "latent_attention": latent_attention,
     "merge_state": merge_state,
+    "segment_attention": segment_attention,
     "kv_write": kv_write,
     "page_copy": page_copy,
     "page_gather": page_gather,

@@ -18,7 +18,7 @@ from ..interface_step import StepBatch
 from ..sampling_rows import no_sampling
 from .pools import TorchKVPool
 
-OUTSIDE = frozenset({"sample", "logprobs", "page_copy"})
+OUTSIDE = frozenset({"sample", "logprobs", "page_copy", "segment_attention"})
 """Ops that the runtime calls before or after the program."""
 
 
