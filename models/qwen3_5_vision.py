@@ -224,12 +224,12 @@ class GridRope(Layer):
 
 
 class Qwen35Vision(nn.Module):
-    """A VisionTower (models/vision.py); modules are named as checkpoints name them."""
+    """Modules are named as checkpoints name them."""
 
     def __init__(self, fields: Fields, build: Build) -> None:
         super().__init__()
         args = VisionArgs.read(fields)
-        self.args = args
+        self.dtype = build.dtype
         self.merge = args.merge
         self.patch_values = args.channels * args.frames * args.patch**2
         self.patch_embed = PatchEmbedding(args, build)
@@ -239,8 +239,10 @@ class Qwen35Vision(nn.Module):
         self.merger = VisionMerger(args, build)
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """patches (N, patch_values), each image's in blocks of merge x merge neighbours -> (N /
+        merge^2, outputs)."""
         places, sizes = patch_places(grids, self.merge)
-        x: Tensor = self.patch_embed.proj(patches)
+        x: Tensor = self.patch_embed.proj(patches.to(self.dtype))
         x = x + self.pos_embed.resampled(places, sizes, x.device).to(x.dtype)
         rotary = self.rope(torch.from_numpy(places).to(x.device))
         lengths = [down * across for frames, down, across in grids for _ in range(frames)]

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ...models.base import Model
+from ...models.vision import ImageRows
 from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable
 from ..interface_kv import KVGroup
@@ -85,8 +86,14 @@ class StepProgram:
             self.attention.reserve(group.group, rows, tokens, longest) for group in self._groups
         ]
 
-    def forward(self, token_ids: Tensor, positions: Tensor, bound: Sequence[Any]) -> Tensor:
-        """(T,), (T,) int64 -> hidden states (T, width)."""
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        bound: Sequence[Any],
+        images: ImageRows | None = None,
+    ) -> Tensor:
+        """(T,), (T,) int64 -> hidden states (T, width); with images also positions (3, T)."""
 
         def attend(
             layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
@@ -99,12 +106,19 @@ class StepProgram:
             result: Tensor = self.attention.run(bound[index], pool, place, q, k, v, spec, sinks)
             return result
 
-        hidden: Tensor = self._model(token_ids, positions, attend)
+        given = {} if images is None else {"images": images}
+        hidden: Tensor = self._model(token_ids, positions, attend, **given)
         return hidden
 
-    def run(self, batch: StepBatch, token_ids: Tensor, positions: Tensor) -> Tensor:
+    def run(
+        self,
+        batch: StepBatch,
+        token_ids: Tensor,
+        positions: Tensor,
+        images: ImageRows | None = None,
+    ) -> Tensor:
         """The StepRunner without capture: op by op, on fresh buffers."""
-        return self.forward(token_ids, positions, self.bind(self.plan(batch)))
+        return self.forward(token_ids, positions, self.bind(self.plan(batch)), images)
 
     def unsafe_kernels(self) -> list[str]:
         """Kernels of the program that a captured step cannot hold."""

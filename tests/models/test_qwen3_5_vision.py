@@ -134,7 +134,7 @@ def test_bfloat16_stays_near_float32(oracle: Any, table: KernelTable) -> None:
     patches = pixels(grids)
     wanted = expected(oracle, patches, grids)
     with torch.inference_mode():
-        found = ours(oracle, table, torch.bfloat16)(patches.bfloat16(), grids)
+        found = ours(oracle, table, torch.bfloat16)(patches, grids)
     assert found.dtype == torch.bfloat16
     assert (found.float() - wanted).abs().mean() < 0.05 * wanted.std()
 

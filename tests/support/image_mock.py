@@ -35,9 +35,11 @@ def with_images(info: ExecutorInfo) -> ExecutorInfo:
     return replace(info, images=TAKES)
 
 
-def pixels(seed: int, down: int = 4, across: int = 4, frames: int = 1) -> Patches:
-    values = np.random.default_rng(seed).standard_normal((frames * down * across, VALUES))
-    return Patches(values.astype(np.float32), (frames, down, across))
+def pixels(
+    seed: int, down: int = 4, across: int = 4, frames: int = 1, values: int = VALUES
+) -> Patches:
+    rows = np.random.default_rng(seed).standard_normal((frames * down * across, values))
+    return Patches(rows.astype(np.float32), (frames, down, across))
 
 
 @dataclass(frozen=True)

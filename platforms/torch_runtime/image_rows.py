@@ -1,0 +1,48 @@
+"""Rows of images: made by the model's vision tower once, and kept while steps ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...common.images.patches import tokens_of
+from ...models.base import Model
+from ...models.vision import ImageRows
+from ..interface_step import StepBatch, StepImage
+from .device import TorchDevice
+
+
+class ImageEncoder:
+    """One per runner; a model without a tower gets steps without images."""
+
+    def __init__(self, model: Model, device: TorchDevice) -> None:
+        self._model = model
+        self._device = device
+        taken = model.images()
+        self._merge = 1 if taken is None else taken.merge
+        self._kept: dict[int, Tensor] = {}  # key -> (tokens of the image, hidden)
+
+    def placed(self, batch: StepBatch) -> ImageRows | None:
+        """What the step's images put in place of embeddings; None when it has none."""
+        new = {image.key: image for image in batch.images if image.key not in self._kept}
+        if new:
+            self._encode(new.values())
+        result = self._rows(batch.images) if batch.images else None
+        for key in batch.images_done:
+            del self._kept[key]
+        return result
+
+    def _encode(self, images: Iterable[StepImage]) -> None:
+        """All of a step's new images at once."""
+        keys, grids, patches = zip(*((i.key, i.grid, i.patches) for i in images), strict=True)
+        rows = self._model.image_rows(self._device.to_device(np.concatenate(patches)), grids)
+        sizes = [tokens_of(grid, self._merge) for grid in grids]
+        self._kept.update(zip(keys, rows.split(sizes), strict=True))
+
+    def _rows(self, images: Iterable[StepImage]) -> ImageRows:
+        parts = [self._kept[i.key][i.first : i.first + i.count] for i in images]
+        where = np.concatenate([np.arange(i.token, i.token + i.count) for i in images])
+        return ImageRows(self._device.to_device(where.astype(np.int64)), torch.cat(parts))
