@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -15,14 +15,48 @@ from ..platforms.interface_kv import CacheNeed, KVKind
 
 
 class Attend(Protocol):
-    """Stores k and v in the layer's cache and attends. The runtime binds it anew for every step."""
+    """Stores k and v in the site's cache and attends. The runtime binds it anew for every step."""
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
+        self, site: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
     ) -> Tensor:
         """q (T, heads, dim), k and v (T, kv_heads, dim), rope applied -> (T, heads, dim). `sinks`
-        (heads,) float32, a parameter of the model, where the layer's spec has them."""
+        (heads,) float32, a parameter of the model, where the site's spec has them."""
         ...
+
+
+class State(NamedTuple):
+    """A recurrent site: its arrays (slots, *shape), which an op changes in place, and the slot of
+    each row, (R,) int32, -1 = a row of padding. A row without context begins from zero."""
+
+    arrays: tuple[Tensor, ...]
+    slots: Tensor
+
+
+class Pages(NamedTuple):
+    """A site of one vector per entry: `cache` (pages * entries, dim), which an op writes in place;
+    `table` (R, P) int32, the rows' pages of `page_size` tokens and `entries` entries."""
+
+    cache: Tensor
+    table: Tensor
+    page_size: int
+    entries: int
+
+
+class Step(Attend, Protocol):
+    """A step as the model's layers see it, beside their inputs. All tensors are on the device."""
+
+    query_start: Tensor  # (R+1,) int32, where each row's new tokens begin
+    context_lens: Tensor  # (R,) int32, tokens of each row before them
+
+    def state(self, site: int) -> State: ...
+
+    def pages(self, site: int) -> Pages: ...
+
+
+def attention_need(spec: AttentionSpec) -> CacheNeed:
+    kind = KVKind.WINDOW if spec.window else KVKind.FULL
+    return CacheNeed(kind, spec.kv_heads, spec.head_dim, spec.window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +71,15 @@ class Model(nn.Module):
     """A decoder-only language model over a packed step of T tokens (rows concatenated)."""
 
     def cache_needs(self) -> Sequence[CacheNeed]:
-        """One per layer: here, what its attention reads."""
-        return [
-            CacheNeed(
-                KVKind.WINDOW if spec.window else KVKind.FULL,
-                spec.kv_heads,
-                spec.head_dim,
-                spec.window,
-            )
-            for spec in self.attention_specs()
-        ]
+        """One per cache site. Here, of a model of attention alone, that is one per layer."""
+        return [attention_need(spec) for spec in self.attention_specs() if spec is not None]
 
-    def attention_specs(self) -> Sequence[AttentionSpec]:
-        """One per layer; layers with equal cache needs have equal specs."""
+    def attention_specs(self) -> Sequence[AttentionSpec | None]:
+        """One per cache site, None where the model's own op reads and writes the cache; sites with
+        equal cache needs have equal specs."""
         raise NotImplementedError
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, step: Step) -> Tensor:
         """token_ids, positions (T,) int -> hidden states (T, hidden) after the final norm."""
         raise NotImplementedError
 

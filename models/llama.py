@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..common.checkpoint.fields import Fields
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
-from .base import Attend, Model
+from .base import Attend, Model, Step
 from .layers import Build, Embedding, GatedMLP, Layer, Linear, Norm
 from .rope import Rope, rope_settings
 
@@ -151,11 +151,11 @@ class LlamaModel(Model):
     def attention_specs(self) -> Sequence[AttentionSpec]:
         return self._specs
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, step: Step) -> Tensor:
         x, residual = self.model.embed_tokens(token_ids), None
         rotary = self.rope(positions)
         for block in self.model.layers:
-            x, residual = block(x, residual, rotary, attend)
+            x, residual = block(x, residual, rotary, step)
         return self.model.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import lcm
 
 from ..common.decisions import DecisionLog
 from ..common.errors import CheckpointError, ConfigError, OutOfMemory
 from .interface import EngineSpec
-from .interface_kv import CacheNeed, KVGroup, KVKind
+from .interface_kv import ITEM_BYTES, CacheNeed, KVGroup, KVKind
 
 DEFAULT_PAGE_SIZE = 16
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-ATTENTION = frozenset({KVKind.FULL, KVKind.WINDOW})
 
 
 def kv_row_bytes(dtype: str, dim: int) -> int:
@@ -23,16 +22,21 @@ def kv_row_bytes(dtype: str, dim: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class GroupNeed:
-    """Layers of a model with the same need."""
+    """Cache sites of a model with the same need."""
 
     name: str
     need: CacheNeed
-    layers: tuple[int, ...]
+    sites: tuple[int, ...]
 
-    def bytes_per_token(self, kv_dtype: str) -> int:
+    def page_bytes(self, page_size: int, kv_dtype: str) -> int:
+        """Over all sites; `kv_dtype` is of keys and values."""
         need = self.need
-        rows = kv_row_bytes(kv_dtype, need.head_dim) + kv_row_bytes(kv_dtype, need.values_dim)
-        return need.kv_heads * rows * len(self.layers)
+        if need.one_vector:
+            one = need.entries(page_size) * need.head_dim * ITEM_BYTES[need.dtype]
+        else:
+            rows = kv_row_bytes(kv_dtype, need.head_dim) + kv_row_bytes(kv_dtype, need.values_dim)
+            one = page_size * need.kv_heads * rows
+        return one * len(self.sites)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +50,23 @@ class CachePlan:
 
 
 def group_needs(
-    needs: Sequence[CacheNeed], kinds: frozenset[KVKind] = ATTENTION
+    needs: Sequence[CacheNeed], kinds: Collection[KVKind] = tuple(KVKind)
 ) -> tuple[GroupNeed, ...]:
-    """Groups in order of their first layer. `kinds`: what the runtime has. Raises CheckpointError
+    """Groups in order of their first site. `kinds`: what the runtime has. Raises CheckpointError
     for another."""
-    layers: dict[CacheNeed, list[int]] = {}
-    for layer, need in enumerate(needs):
+    sites: dict[CacheNeed, list[int]] = {}
+    for site, need in enumerate(needs):
         if need.kind not in kinds:
             served = " and ".join(sorted(kind.value for kind in kinds))
             raise CheckpointError(
-                f"Layer {layer} needs a cache of kind {need.kind.value!r}; this runtime has "
+                f"Cache site {site} needs a cache of kind {need.kind.value!r}; this runtime has "
                 f"{served}."
             )
-        layers.setdefault(need, []).append(layer)
-    names = _names(list(layers))
+        sites.setdefault(need, []).append(site)
+    names = _names(list(sites))
     return tuple(
         GroupNeed(name, need, tuple(members))
-        for name, (need, members) in zip(names, layers.items(), strict=True)
+        for name, (need, members) in zip(names, sites.items(), strict=True)
     )
 
 
@@ -78,6 +82,8 @@ def _names(needs: Sequence[CacheNeed]) -> list[str]:
 def _size(need: CacheNeed) -> str:
     if need.kind is KVKind.RECURRENT:
         return str(need.state_bytes)
+    if need.kind is KVKind.COMPRESSED:
+        return f"{need.ratio}-{need.head_dim}"
     values = f"+{need.value_dim}" if need.value_dim else ""
     return f"{need.window}-{need.kv_heads}x{need.head_dim}{values}"
 
@@ -100,16 +106,17 @@ class CachePlanner:
         self._context_length = context_length
         self._budget, self._budget_reason = budget
         self._log = log
-        self._page_size = spec.page_size or DEFAULT_PAGE_SIZE
+        ratios = [need.need.ratio for need in needs]
+        self._page_size = spec.page_size or lcm(DEFAULT_PAGE_SIZE, *ratios)
 
     def plan(self) -> CachePlan:
         """Raises OutOfMemory with numbers, ConfigError for limits beyond the model's."""
-        given = self._spec.page_size is not None
-        self._log.add(
-            "page size",
-            f"{self._page_size} tokens",
-            "set by the user" if given else "short pages share more of a prefix; gathers stay long",
-        )
+        because = "short pages share more of a prefix; gathers stay long"
+        if self._page_size != DEFAULT_PAGE_SIZE:
+            because = "the least with no room for compressed entries to waste"
+        if self._spec.page_size is not None:
+            because = "set by the user"
+        self._log.add("page size", f"{self._page_size} tokens", because)
         limit = self._context_limit()
         pages = self._pages(limit)
         capacity = (pages - 1) * self._page_size
@@ -172,11 +179,11 @@ class CachePlanner:
     def _group(self, need: GroupNeed, pages: int) -> KVGroup:
         size = self._page_size
         if need.need.kind is KVKind.RECURRENT:
-            cost = need.need.state_bytes * len(need.layers)
+            cost = need.need.state_bytes * len(need.sites)
             return KVGroup(need.name, KVKind.RECURRENT, size, self._slots(cost) + 1, 0, cost)
-        cost = need.bytes_per_token(self._kv_dtype) * size
-        if need.need.kind is KVKind.FULL:
-            return KVGroup(need.name, KVKind.FULL, size, pages, 0, cost)
+        cost = need.page_bytes(size, self._kv_dtype)
+        if need.need.kind.keeps_all:
+            return KVGroup(need.name, need.need.kind, size, pages, 0, cost)
         # Twice what full rows hold, so that the prefix tree can keep windows too.
         held = self._spec.max_rows * (-(-need.need.window // size) + 2)
         most = 2 * held + -(-self._spec.max_step_tokens // size) + 1

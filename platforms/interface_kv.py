@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,10 +14,13 @@ from numpy.typing import NDArray
 I32 = NDArray[np.int32]
 
 
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
 class KVKind(Enum):
     """FULL keeps every token; WINDOW only the last `window`; RECURRENT one state of fixed size per
-    sequence (gated delta nets, convolution tails, Mamba). LATENT and COMPRESSED have their place in
-    the contract and no scheduler support yet: a model that needs one is refused at load."""
+    sequence (gated delta nets, convolution tails, Mamba). LATENT keeps one vector of every token,
+    which all heads share (MLA); COMPRESSED one vector of every `ratio` tokens (DeepSeek-V4)."""
 
     FULL = "full"
     WINDOW = "window"
@@ -24,21 +28,60 @@ class KVKind(Enum):
     COMPRESSED = "compressed"
     RECURRENT = "recurrent"
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether a row needs every page from its first token on."""
+        return self in (KVKind.FULL, KVKind.LATENT, KVKind.COMPRESSED)
+
+
+@dataclass(frozen=True, slots=True)
+class StateArray:
+    """One array of a recurrent state, of one sequence."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True, slots=True)
 class CacheNeed:
-    """What one layer of a model must remember. Layers with equal needs form one group."""
+    """What one *site* of a model must remember: a place that reads and writes a cache, of which a
+    layer has one or several. Sites with equal needs form one group.
+
+    A LATENT or COMPRESSED site, and a WINDOW site that is `shared`, stores one vector of `head_dim`
+    numbers where others store keys and values. Entry w of a COMPRESSED site covers the tokens from
+    w * ratio on, and lies in the page of its last token.
+    """
 
     kind: KVKind
     kv_heads: int
     head_dim: int
     window: int = 0  # WINDOW: a query at position p sees keys at p-window+1 .. p
     value_dim: int = 0  # of the values where it is not head_dim
-    state_bytes: int = 0  # RECURRENT: of the layer's state of one sequence
+    states: tuple[StateArray, ...] = ()  # RECURRENT: of one sequence
+    ratio: int = 1  # COMPRESSED: tokens of an entry
+    shared: bool = False  # WINDOW: one vector is key and value
+    dtype: str = ""  # of the one vector; keys and values are as the attention backend keeps them
 
     @property
     def values_dim(self) -> int:
         return self.value_dim or self.head_dim
+
+    @property
+    def one_vector(self) -> bool:
+        return self.shared or self.kind in (KVKind.LATENT, KVKind.COMPRESSED)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(array.nbytes for array in self.states)
+
+    def entries(self, page_size: int) -> int:
+        """Vectors of a page. Where the ratio does not divide the page size, pages of unlike fill
+        have room for the most."""
+        return -(-page_size // self.ratio)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Many
 import numpy as np
 
 from ...platforms.interface_kv import I32, KVGroup, KVKind
-from ..errors import CacheCorrupted, CheckpointError, ConfigError
+from ..errors import CacheCorrupted, ConfigError
 from .pages import PagePool
 from .prefix_tree import Match, Node, PrefixTree
 from .sequence import Sequence
@@ -53,7 +53,7 @@ class KVCache:
     def pages_alone(self, group: int, tokens: int) -> int:
         """Pages of a paged group that a sequence of `tokens` holds at most, computed one by one."""
         spec, pages = self.groups[group], self.pages_for(tokens)
-        if spec.kind is KVKind.FULL:
+        if spec.kind.keeps_all:
             return pages
         return min(pages, (spec.window + self.page_size - 2) // self.page_size + 1)
 
@@ -238,15 +238,10 @@ class KVCache:
 
 
 def check_groups(groups: Many[KVGroup], max_rows: int) -> None:
-    """Raises CheckpointError for a kind that is not served, ConfigError for impossible sizes."""
+    """Raises ConfigError for impossible sizes."""
     if not groups:
         raise ConfigError("The executor reports no cache group; a model needs at least one.")
     for group in groups:
-        if group.kind not in (KVKind.FULL, KVKind.WINDOW, KVKind.RECURRENT):
-            raise CheckpointError(
-                f"The model needs a cache group of kind {group.kind.value!r} ({group.name!r}), "
-                f"which the scheduler does not serve; served kinds: full, window, recurrent."
-            )
         if group.page_size < 1 or group.page_size != groups[0].page_size:
             raise ConfigError(
                 f"Cache group {group.name!r}: the page size must be one for all groups."

@@ -80,8 +80,8 @@ class PrefixTree:
         self.root = Node(None, b"", len(pools), 0)
         self._policy = POLICIES[policy]
         self._kinds = [pool.group.kind for pool in pools]
-        full = [g for g, kind in enumerate(self._kinds) if kind is KVKind.FULL]
-        self._full = full[0] if full else None  # all FULL groups share the heap of the first
+        full = [g for g, kind in enumerate(self._kinds) if kind.keeps_all]
+        self._full = full[0] if full else None  # groups that keep all share the heap of the first
         self._windows = [g for g, kind in enumerate(self._kinds) if kind is KVKind.WINDOW]
         self._recurrent = [g for g, kind in enumerate(self._kinds) if kind is KVKind.RECURRENT]
         self._heaps: list[list[tuple[Key, int, int, Node]]] = [[] for _ in pools]
@@ -95,10 +95,10 @@ class PrefixTree:
     # ---- matching
 
     def first_needed(self, group: int, depth: int) -> int:
-        """The first page of a FULL or WINDOW group that a row standing at the boundary after
+        """The first page of a paged group that a row standing at the boundary after
         `depth` pages still reads."""
         spec = self.pools[group].group
-        if spec.kind is KVKind.FULL:
+        if spec.kind.keeps_all:
             return 0
         return max(0, depth * spec.page_size - spec.window + 1) // spec.page_size
 
@@ -171,14 +171,14 @@ class PrefixTree:
         node = pool.holder(page)
         if node is not None:
             node.used[group] = self._clock
-            if self._kinds[group] is not KVKind.FULL:
+            if not self._kinds[group].keeps_all:
                 self._queue(group, node)
 
     # ---- giving up
 
     def evict(self, group: int) -> bool:
         """Free at least one page of `group`; False when none can be given up."""
-        alone = self._kinds[group] is not KVKind.FULL
+        alone = not self._kinds[group].keeps_all
         heap_group = group if alone else self._full
         if heap_group is None:
             return False
@@ -209,7 +209,7 @@ class PrefixTree:
         page = node.pages[group]
         if not page or self.pools[group].holder(page) is not node or self.pools[group].rows(page):
             return False
-        return self._kinds[group] is not KVKind.FULL or self._removable(node)
+        return not self._kinds[group].keeps_all or self._removable(node)
 
     def _queue(self, group: int, node: Node) -> None:
         if not node.queued[group] and self._evictable(group, node):
@@ -254,7 +254,7 @@ class PrefixTree:
         self._offer_leaf(parent)
 
     def _prune(self, node: Node) -> None:
-        """Remove nodes that hold nothing (only a model without FULL groups has such)."""
+        """Remove nodes that hold nothing (only a model without groups that keep all has such)."""
         while self._removable(node) and not any(node.pages):
             parent = node.parent
             self._remove(node)

@@ -177,10 +177,10 @@ class MLXExecutor:
         for group, need in zip(plan.groups, needs, strict=True):
             pools: list[LayerPages | LayerStates] = []
             pages: list[LayerPages] = []
-            for index in need.layers:
+            for index in need.sites:
                 layer = found.layers[index]
                 if group.kind is KVKind.RECURRENT:
-                    states = LayerStates(group, layer.shapes, layer.dtypes)
+                    states = LayerStates(group, need.need.states)
                     pools.append(states)
                     by_layer[index] = StateCache(states)
                     continue
@@ -189,7 +189,7 @@ class MLXExecutor:
                 by_layer[index] = PagedCache(pages[-1], group.window)
             if pages:
                 self.pools[group.name] = MLXPages(group, pages, kv_dtype)
-            members = tuple(by_layer[index] for index in need.layers)
+            members = tuple(by_layer[index] for index in need.sites)
             groups.append(CacheGroup(group, (*pools, *pages), members))
         mx.eval([array for g in groups for pool in g.pools for array in pool.arrays])
         return groups, [by_layer[index] for index in range(len(found.layers))]

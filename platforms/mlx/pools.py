@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..interface_kv import KVGroup, KVLayout
+from ..interface_kv import KVGroup, KVLayout, StateArray
 from .page_kernels import page_gather
 from .step_plan import PagePlan, StatePlan
 
@@ -95,12 +95,9 @@ class LayerPages:
 class LayerStates:
     """What one recurrent layer keeps for each slot: arrays (slots, *shape)."""
 
-    def __init__(
-        self, group: KVGroup, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[mx.Dtype]
-    ) -> None:
+    def __init__(self, group: KVGroup, states: Sequence[StateArray]) -> None:
         self.arrays = [
-            mx.zeros((group.pages, *shape), dtype)
-            for shape, dtype in zip(shapes, dtypes, strict=True)
+            mx.zeros((group.pages, *state.shape), getattr(mx, state.dtype)) for state in states
         ]
 
     def read(self, plan: StatePlan, index: int) -> mx.array:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...common.errors import CheckpointError
 from ...common.ops.sample_cases import sampling_arrays
-from ..interface_kv import CacheNeed, KVGroup, KVKind
+from ..interface_kv import CacheNeed, KVGroup, KVKind, StateArray
 from ..interface_step import StepBatch
 from .adapters import ARRAYS, Layer, Part, query_heads, variant
 from .caches import Cache, PagedCache, StateCache
@@ -36,8 +36,7 @@ class Found:
     """What a layer remembers, and how far the stand-in was from the original."""
 
     need: CacheNeed
-    shapes: tuple[tuple[int, ...], ...]  # RECURRENT: of each array, without the row
-    dtypes: tuple[mx.Dtype, ...]  # of those arrays, or of keys and values
+    dtypes: tuple[mx.Dtype, ...]  # of keys and values
     name: str
     difference: float
 
@@ -54,7 +53,7 @@ def examine(layer: Layer, width: int, dtype: mx.Dtype) -> Found:
     found = _learn(layer, cache, window)
     actual = _together(layer, found, inputs, toy_window)
     difference = _difference(layer.mixer, actual, expected, dtype)
-    return Found(found.need, found.shapes, found.dtypes, found.name, difference)
+    return Found(found.need, found.dtypes, found.name, difference)
 
 
 def _window(layer: Layer) -> int:
@@ -110,16 +109,19 @@ def _learn(layer: Layer, used: Any, window: int) -> Found:
     part = layer.mixer
     if all(hasattr(used, name) for name in ARRAYS):
         arrays = _items(used)
-        shapes = tuple(tuple(array.shape[1:]) for array in arrays)
-        size = sum(array.nbytes for array in arrays)
-        need = CacheNeed(KVKind.RECURRENT, 0, 0, state_bytes=size)
-        return Found(need, shapes, tuple(a.dtype for a in arrays), variant(part), 0.0)
+        states = tuple(StateArray(tuple(a.shape[1:]), _name(a.dtype)) for a in arrays)
+        need = CacheNeed(KVKind.RECURRENT, 0, 0, states=states)
+        return Found(need, (), variant(part), 0.0)
     keys, values = used.keys, used.values
     heads, key_dim, value_dim = keys.shape[1], keys.shape[-1], values.shape[-1]
     other = value_dim if value_dim != key_dim else 0
     need = CacheNeed(KVKind.WINDOW if window else KVKind.FULL, heads, key_dim, window, other)
     name = variant(part, query_heads(part.module), heads, window)
-    return Found(need, (), (keys.dtype, values.dtype), name, 0.0)
+    return Found(need, (keys.dtype, values.dtype), name, 0.0)
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def _items(cache: Any) -> list[mx.array]:
@@ -174,7 +176,7 @@ def stand_in_for(found: Found, group: KVGroup) -> Cache:
     """A layer's cache with pages or slots of its own."""
     need = found.need
     if need.kind is KVKind.RECURRENT:
-        return StateCache(LayerStates(group, found.shapes, found.dtypes))
+        return StateCache(LayerStates(group, need.states))
     pages = LayerPages(group, need.kv_heads, need.head_dim, need.values_dim, found.dtypes[0])
     return PagedCache(pages, group.window)
 

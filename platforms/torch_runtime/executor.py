@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ...common.decisions import DecisionLog
-from ...common.errors import KernelError, OutOfMemory
+from ...common.errors import ConfigError, KernelError, OutOfMemory
 from ...common.ops.registry import KernelRegistry
 from ...models.base import Model
 from ...models.quantization import FLOATS, has_quantised
@@ -16,6 +16,7 @@ from ..device_thread import DeviceThread
 from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Status, Support
 from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable, Problem
+from ..interface_kv import KVKind
 from ..interface_step import StepBatch, StepResult
 from .device import TorchDevice
 from .dtypes import DTYPES
@@ -23,7 +24,9 @@ from .kernels import register_generic
 from .model_runner import ModelRunner
 from .model_source import ModelSource, open_source
 from .pools import TorchKVPool
-from .step_program import CacheGroup, StepProgram
+from .site_pools import TorchRowPool, TorchStatePool
+from .step_caches import CacheGroup, Pool
+from .step_program import StepProgram
 from .widened_linear import refuse_widening
 
 RUNTIME_OPS = ("kv_write", "page_copy", "sample", "logprobs")
@@ -70,7 +73,7 @@ class TorchExecutor:
         self._open = source
         self._thread: DeviceThread[StepResult] = DeviceThread()
         self._runner: ModelRunner | None = None
-        self.pools: dict[str, TorchKVPool] = {}
+        self.pools: dict[str, Pool] = {}
 
     def load(self, progress: LoadProgress | None = None) -> ExecutorInfo:
         """Raises CheckpointError, KernelError, ConfigError, or OutOfMemory with numbers."""
@@ -113,14 +116,14 @@ class TorchExecutor:
         log.extend([*ops.decisions, *decisions])
         needs = group_needs(model.cache_needs())
         weight_bytes, budget = self._memory(model)
-        kv_dtype = specs[0].stored_dtype if specs else dtype
+        kv_dtype = next((s.stored_dtype for s in specs if s), dtype)
         planner = CachePlanner(spec, needs, kv_dtype, source.context_length, budget, log)
         plan = planner.plan()
         packed = source.load(model, device.to_device, progress)
         if packed is not None:
             log.extend([packed])
         groups = self._reserve(plan, needs, specs, attention, ops)
-        program = StepProgram(model, groups, attention, specs, ops, plan.max_context)
+        program = StepProgram(model, groups, attention, specs, ops, plan.max_context, device)
         self._runner = ModelRunner(
             model, program, self.pools, ops, device, spec.max_rows, source.vocab_size
         )
@@ -173,20 +176,23 @@ class TorchExecutor:
 
     def _attention(
         self, model: Model, dtype: str, registry: KernelRegistry
-    ) -> tuple[AttentionBackend, list[AttentionSpec], list[Decision]]:
-        """The backend, the layers' specs with the dtype of keys and values, and why. A dtype that
+    ) -> tuple[AttentionBackend | None, list[AttentionSpec | None], list[Decision]]:
+        """The backend, the sites' specs with the dtype of keys and values, and why. A dtype that
         the user named is served or refused; the device's own choice gives way to `dtype`."""
         spec, facts = self._spec, self._device.facts
         chosen, because = spec.kv_dtype, "set by the user"
-        specs = [replace(s, kv_dtype=chosen or "") for s in model.attention_specs()]
+        specs = _with_kv_dtype(model.attention_specs(), chosen or "")
+        asked = [s for s in specs if s is not None]
+        if not asked:
+            return None, specs, _own_attention(dtype, chosen)
         backend, decision = registry.resolve_attention(
-            specs, facts, spec.kernels.get("attention"), spec.strict
+            asked, facts, spec.kernels.get("attention"), spec.strict
         )
         rejected: tuple[tuple[str, str], ...] = ()
         if chosen is None:
             chosen, because = self._device.default_kv_dtype(dtype, has_quantised(model))
-            wanted = [replace(s, kv_dtype=chosen) for s in specs]
-            reasons = dict.fromkeys(r for s in wanted for r in backend.accepts(s, facts))
+            wanted = _with_kv_dtype(specs, chosen)
+            reasons = dict.fromkeys(r for s in wanted if s for r in backend.accepts(s, facts))
             if reasons:
                 rejected = ((chosen, "; ".join(reasons)),)
                 chosen, because = dtype, f"what the attention kernel {backend.name} keeps"
@@ -214,16 +220,23 @@ class TorchExecutor:
         self,
         plan: CachePlan,
         needs: tuple[GroupNeed, ...],
-        specs: Sequence[AttentionSpec],
-        attention: AttentionBackend,
+        specs: Sequence[AttentionSpec | None],
+        attention: AttentionBackend | None,
         ops: KernelTable,
     ) -> list[CacheGroup]:
         groups = []
         for group, need in zip(plan.groups, needs, strict=True):
-            layout = attention.layout(group, specs[need.layers[0]], len(need.layers))
-            pool = TorchKVPool(group, layout, self._device, ops)
+            spec, sites = specs[need.sites[0]], len(need.sites)
+            pool: Pool
+            if group.kind is KVKind.RECURRENT:
+                pool = TorchStatePool(group, need.need.states, sites, self._device, ops)
+            elif attention is None or spec is None:
+                pool = TorchRowPool(group, need.need, sites, self._device, ops)
+            else:
+                layout = attention.layout(group, spec, sites)
+                pool = TorchKVPool(group, layout, self._device, ops)
             self.pools[group.name] = pool
-            groups.append(CacheGroup(group, pool, need.layers))
+            groups.append(CacheGroup(group, pool, need.sites))
         return groups
 
     def _info(
@@ -255,3 +268,15 @@ class TorchExecutor:
             decisions=tuple(log),
             images=images,
         )
+
+
+def _with_kv_dtype(specs: Sequence[AttentionSpec | None], dtype: str) -> list[AttentionSpec | None]:
+    return [spec and replace(spec, kv_dtype=dtype) for spec in specs]
+
+
+def _own_attention(dtype: str, chosen: str | None) -> list[Decision]:
+    """Raises ConfigError where the user asked for what the model's ops do not keep."""
+    if chosen not in (None, dtype):
+        raise ConfigError(f"--kv-dtype {chosen}: this model's own ops keep {dtype}; leave it out.")
+    because = "no layer attends over keys and values of its own: the model's ops do"
+    return [Decision("attention", "the model's ops", because)]

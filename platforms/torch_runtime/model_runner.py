@@ -19,7 +19,7 @@ from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, 
 from ..sampling_rows import select_rows
 from .device import TorchDevice
 from .image_rows import ImageEncoder
-from .pools import TorchKVPool
+from .step_caches import Pool
 from .step_program import NotCaptured, StepProgram, StepRunner
 
 I64 = NDArray[np.int64]
@@ -35,7 +35,7 @@ class ModelRunner:
         self,
         model: Model,
         program: StepProgram,
-        pools: Mapping[str, TorchKVPool],
+        pools: Mapping[str, Pool],
         ops: KernelTable,
         device: TorchDevice,
         max_rows: int,

@@ -4,7 +4,6 @@ have in common. Everything that depends on a step's content is in its inputs and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,10 +13,22 @@ from ...models.base import Model
 from ...models.vision import ImageRows
 from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable
-from ..interface_kv import KVGroup
+from ..interface_kv import KVKind
 from ..interface_step import StepBatch
 from ..sampling_rows import no_sampling
+from .device import TorchDevice
 from .pools import TorchKVPool
+from .site_pools import TorchRowPool
+from .step_caches import (
+    NO_SLOT,
+    AttentionPart,
+    BoundStep,
+    CacheGroup,
+    PagesPart,
+    Part,
+    RowsPart,
+    SlotsPart,
+)
 
 OUTSIDE = frozenset({"sample", "logprobs", "page_copy", "segment_attention"})
 """Ops that the runtime calls before or after the program."""
@@ -25,15 +36,6 @@ OUTSIDE = frozenset({"sample", "logprobs", "page_copy", "segment_attention"})
 
 class NotCaptured(Exception):
     """A step cannot be captured; the text says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class CacheGroup:
-    """A cache group as the runtime uses it: its layers in the model's order."""
-
-    group: KVGroup
-    pool: TorchKVPool
-    layers: tuple[int, ...]
 
 
 class StepRunner(Protocol):
@@ -44,16 +46,17 @@ class StepRunner(Protocol):
 
 
 class StepProgram:
-    """The model, its cache groups and its attention backend."""
+    """The model, its cache groups and its attention backend (None: its own ops attend)."""
 
     def __init__(
         self,
         model: Model,
         groups: Sequence[CacheGroup],
-        attention: AttentionBackend,
-        specs: Sequence[AttentionSpec],
+        attention: AttentionBackend | None,
+        specs: Sequence[AttentionSpec | None],
         ops: KernelTable,
         max_context: int,
+        device: TorchDevice,
     ) -> None:
         self.attention = attention
         self._max_context = max_context
@@ -61,30 +64,31 @@ class StepProgram:
         self._groups = tuple(groups)
         self._specs = specs
         self._ops = ops
-        self._place = {
-            layer: (index, place)
-            for index, group in enumerate(groups)
-            for place, layer in enumerate(group.layers)
-        }
+        self._parts: list[Part] = [self._part(group, device) for group in groups]
+        self._parts.append(RowsPart(device))
+
+    def _part(self, group: CacheGroup, device: TorchDevice) -> Part:
+        if isinstance(group.pool, TorchKVPool) and self.attention is not None:
+            return AttentionPart(self.attention, group.group)
+        kind = PagesPart if isinstance(group.pool, TorchRowPool) else SlotsPart
+        return kind(group.group, device)
 
     def plan(self, batch: StepBatch) -> list[Any]:
-        """One plan per group; host work only."""
-        return [self.attention.plan(batch, group.group) for group in self._groups]
+        """One plan per group, and one of the rows; host work only."""
+        return [part.plan(batch) for part in self._parts]
 
     def bind(self, plans: Sequence[Any], reserved: Sequence[Any] | None = None) -> list[Any]:
         """The plans on the device, in fresh buffers or in those reserved."""
-        if reserved is None:
-            return [self.attention.bind(plan) for plan in plans]
-        pairs = zip(plans, reserved, strict=True)
-        return [self.attention.bind(plan, place) for plan, place in pairs]
+        places = [None] * len(plans) if reserved is None else reserved
+        return [
+            part.bind(plan, place)
+            for part, plan, place in zip(self._parts, plans, places, strict=True)
+        ]
 
     def reserve(self, rows: int, tokens: int) -> list[Any]:
-        """Buffers for plans of at most so many rows and tokens, one per group. Raises KernelError
-        where the backend's plans have no fixed shape."""
-        longest = self._max_context
-        return [
-            self.attention.reserve(group.group, rows, tokens, longest) for group in self._groups
-        ]
+        """Buffers for plans of at most so many rows and tokens. Raises KernelError where the
+        attention backend's plans have no fixed shape."""
+        return [part.reserve(rows, tokens, self._max_context) for part in self._parts]
 
     def forward(
         self,
@@ -94,21 +98,35 @@ class StepProgram:
         images: ImageRows | None = None,
     ) -> Tensor:
         """(T,), (T,) int64 -> hidden states (T, width); with images also positions (3, T)."""
-
-        def attend(
-            layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
-        ) -> Tensor:
-            index, place = self._place[layer]
-            spec = self._specs[layer]
-            if spec.sinks != (sinks is not None):
-                raise ValueError(f"layer {layer}: its spec and its call disagree about sinks")
-            pool = self._groups[index].pool
-            result: Tensor = self.attention.run(bound[index], pool, place, q, k, v, spec, sinks)
-            return result
-
+        *caches, rows = bound
+        place = {
+            site: (group, cache, index)
+            for group, cache in zip(self._groups, caches, strict=True)
+            for index, site in enumerate(group.sites)
+        }
+        step = BoundStep(self._attend, place, rows)
         given = {} if images is None else {"images": images}
-        hidden: Tensor = self._model(token_ids, positions, attend, **given)
+        hidden: Tensor = self._model(token_ids, positions, step, **given)
         return hidden
+
+    def _attend(
+        self,
+        site: int,
+        group: CacheGroup,
+        bound: Any,
+        index: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        spec = self._specs[site]
+        if self.attention is None or spec is None:
+            raise TypeError(f"cache site {site} has no attention spec; its own op attends")
+        if spec.sinks != (sinks is not None):
+            raise ValueError(f"cache site {site}: its spec and its call disagree about sinks")
+        result: Tensor = self.attention.run(bound, group.pool, index, q, k, v, spec, sinks)
+        return result
 
     def run(
         self,
@@ -131,7 +149,9 @@ class StepProgram:
     def rehearsal(self, lengths: Sequence[int]) -> StepBatch:
         """A step of rows with so many new tokens each, that reads and writes null pages only."""
         rows, most = len(lengths), max(lengths)
-        tables = {g.group.name: -(-most // g.group.page_size) for g in self._groups}
+        states = [g.group for g in self._groups if g.group.kind is KVKind.RECURRENT]
+        paged = [g.group for g in self._groups if g.group.kind is not KVKind.RECURRENT]
+        tables = {group.name: -(-most // group.page_size) for group in paged}
         return StepBatch(
             step=-1,
             row_ids=np.zeros(rows, np.int32),
@@ -141,4 +161,5 @@ class StepProgram:
             page_tables={name: np.zeros((rows, n), np.int32) for name, n in tables.items()},
             want=np.zeros(rows, np.uint8),
             sampling=no_sampling(rows),
+            state_slots={group.name: np.full(rows, NO_SLOT, np.int32) for group in states},
         )

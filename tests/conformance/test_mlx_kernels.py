@@ -10,7 +10,7 @@ from support.run_mlx import mlx_facts
 
 from sixfold.common.ops import OPS
 from sixfold.common.ops.conformance import run_suite
-from sixfold.platforms.interface_kv import KVGroup, KVKind
+from sixfold.platforms.interface_kv import KVGroup, KVKind, StateArray
 from sixfold.platforms.mlx import PLATFORM
 from sixfold.platforms.mlx.kernels import GENERIC
 from sixfold.platforms.mlx.metal.register import NEEDS_METAL
@@ -67,7 +67,7 @@ def test_copies_of_pages_and_states() -> None:
     second = pool.export_page(2)
     pool.copy([2, 4], [7, 1])
     assert pool.export_page(7) == second
-    states = LayerStates(KVGroup("r", KVKind.RECURRENT, 4, 5), [(3, 2)], [mx.float32])
+    states = LayerStates(KVGroup("r", KVKind.RECURRENT, 4, 5), [StateArray((3, 2), "float32")])
     states.arrays[0][2] = mx.full((3, 2), 7.0)
     states.copy([2], [4])
     states.arrays[0][2] = mx.zeros((3, 2))

@@ -82,8 +82,11 @@ def test_talks(scripted: Running, script: str, tmp_path: Path) -> None:
 
 
 def test_stop_button_ends_the_work(server: Running, tmp_path: Path) -> None:
-    seen = visit(server, tmp_path, 1)
-    (_, said) = seen["turns"][1]
-    assert seen["turns"][1][0] == "turn assistant"
+    """The model may end before its first word, at random: then there was nothing to stop."""
+    for _ in range(5):
+        (who, said) = visit(server, tmp_path, 1)["turns"][1]
+        assert who == "turn assistant"
+        if said:
+            break
     assert said
     server.until_running(0)

@@ -19,7 +19,6 @@ from sixfold.common.messages import AddRequest, Image, Output
 from sixfold.common.random import uniform
 from sixfold.common.sampling import SamplingParams
 from sixfold.platforms.interface import ExecutorInfo
-from sixfold.platforms.interface_kv import KVKind
 
 EOS = frozenset({0})
 
@@ -175,7 +174,7 @@ def audit_cache(engine: Engine) -> None:
             if (page in free) == bool(used[page] or page in holders):
                 raise Wrong(f"{pool.group.name}: page {page} is lost or free while in use")
         pool.check()
-        if pool.group.kind is KVKind.FULL:
+        if pool.group.kind.keeps_all:
             for node in nodes:
                 if not node.pages[g] or (
                     node.parent.parent

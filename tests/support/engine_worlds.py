@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from support.engine_traffic import EOS, Arrival, draw
 from support.mock_executor import group, mock_info, state
@@ -9,13 +11,17 @@ from support.mock_model import alone
 
 from sixfold.common.sampling import SamplingParams
 from sixfold.platforms.interface import ExecutorInfo
+from sixfold.platforms.interface_kv import KVKind
 
 VOCAB = 32
 TOKENS = np.random.default_rng(7).integers(1, VOCAB, (3, 2048)).tolist()
 # Groups: windows in tokens, relative to the page size in `world`; 0 = full attention.
 STATE = 5  # a recurrent group
+LATENT, COMPRESSED = 6, 7  # what the scheduler takes for full
 RECURRENT_SHAPES = ((STATE,), (0, STATE), (STATE, 0, 2), (2, STATE), (0, STATE, STATE))
-SHAPES = ((0,), (0, 1), (0, 2), (0, 3), (2,), (0, 0), (0, 2, 4), *RECURRENT_SHAPES)
+OTHER_SHAPES = ((LATENT,), (1, COMPRESSED, COMPRESSED, STATE, STATE))
+SHAPES = ((0,), (0, 1), (0, 2), (0, 3), (2,), (0, 0), (0, 2, 4), *RECURRENT_SHAPES, *OTHER_SHAPES)
+KINDS = {LATENT: KVKind.LATENT, COMPRESSED: KVKind.COMPRESSED}
 
 
 def world(size: int, shape: tuple[int, ...], slack: int, context: int, **info: int) -> ExecutorInfo:
@@ -26,6 +32,10 @@ def world(size: int, shape: tuple[int, ...], slack: int, context: int, **info: i
     for i, kind in enumerate(shape):
         if kind == STATE:
             groups.append(state(f"g{i}", info.get("max_rows", 8) + slack, size))
+            continue
+        if kind in KINDS:
+            full = group(f"g{i}", longest + slack, size)
+            groups.append(replace(full, kind=KINDS[kind]))
             continue
         window = {0: 0, 1: 1, 2: size + 1, 3: 2 * size, 4: max(2, size // 2)}[kind]
         least = min(longest, (window + size - 2) // size + 1) if window else longest

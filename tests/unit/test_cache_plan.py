@@ -30,7 +30,7 @@ def plan(
 def test_layers_with_equal_needs_form_one_group_in_order() -> None:
     other = CacheNeed(KVKind.WINDOW, 2, 64, window=128)
     groups = group_needs([WINDOW, WINDOW, FULL, WINDOW, other])
-    assert [(g.name, g.layers) for g in groups] == [
+    assert [(g.name, g.sites) for g in groups] == [
         ("window-512-2x64", (0, 1, 3)),
         ("full", (2,)),
         ("window-128-2x64", (4,)),
@@ -38,8 +38,8 @@ def test_layers_with_equal_needs_form_one_group_in_order() -> None:
 
 
 def test_an_unsupported_kind_is_refused_with_its_layer() -> None:
-    with pytest.raises(CheckpointError, match=r"Layer 1 .*latent"):
-        group_needs([FULL, CacheNeed(KVKind.LATENT, 1, 576)])
+    with pytest.raises(CheckpointError, match=r"site 1 .*latent"):
+        group_needs([FULL, CacheNeed(KVKind.LATENT, 1, 576)], (KVKind.FULL,))
 
 
 def test_a_large_budget_is_capped_by_rows_times_context() -> None:

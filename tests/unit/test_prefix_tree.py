@@ -12,7 +12,7 @@ from support.mock_executor import group, state
 
 from sixfold.common.cache.kv_cache import KVCache
 from sixfold.common.cache.sequence import Sequence
-from sixfold.common.errors import CacheCorrupted, CheckpointError, ConfigError
+from sixfold.common.errors import CacheCorrupted, ConfigError
 from sixfold.platforms.interface_kv import I32, KVGroup, KVKind
 
 SIZE = 4
@@ -396,9 +396,16 @@ def test_eviction_order_agrees_with_a_full_scan(eviction: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [KVKind.LATENT, KVKind.COMPRESSED])
-def test_a_kind_that_is_not_served_is_refused_by_name(kind: KVKind) -> None:
-    with pytest.raises(CheckpointError, match=f"'{kind.value}'.*served kinds: full, window, rec"):
-        cache_of(FULL, replace(FULL, name="other", kind=kind))
+def test_groups_that_keep_every_page_are_served_alike(kind: KVKind) -> None:
+    """Beside a full group and alone: the same pages are held, matched and given up."""
+    for groups in ((FULL,), (FULL, replace(FULL, name="other"))):
+        same = [cache_of(*groups), cache_of(*(replace(g, kind=kind) for g in groups))]
+        for cache in same:
+            for i in range(30):
+                remember(cache, tokens(i % 3, i % 5, i % 7), i % 3)
+        plain, other = ([[*node.pages, node.depth] for node in _nodes(cache)] for cache in same)
+        assert plain == other
+        assert [p.free for p in same[0].pools] == [p.free for p in same[1].pools]
 
 
 @pytest.mark.parametrize(
