@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.checkpoint.quantised_rows import QuantisedRows
 from ..platforms.interface_kernels import Problem
+from .base import Placement
 from .layers import Build, Layer, Linear
 from .matrix_cache import Parts
+
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 class Router(Linear):
@@ -45,3 +49,26 @@ class ExpertStack(Layer):
     def restore(self, parts: Parts) -> None:
         self.matrix = self._restored("moe", parts)
         del self.weight
+
+
+class Experts(nn.Module):
+    """The experts of one layer, stacked: gate rows above up rows."""
+
+    def __init__(self, experts: int, inner: int, width: int, build: Build) -> None:
+        super().__init__()
+        self.gate_up_proj = ExpertStack(experts, 2, inner, width, build)
+        self.down_proj = ExpertStack(experts, 1, width, inner, build)
+
+
+def expert_placement(name: str, inner: int) -> Placement:
+    """Experts saved one by one go to their place in the stack; `inner` rows are the gate's."""
+    if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+        return Placement(f"{name}.weight")
+    found = _EXPERT.fullmatch(name)
+    if not found:
+        return Placement(name)
+    stack, expert, part = found[1], int(found[2]), found[3]
+    if part == "down":
+        return Placement(f"{stack}.down_proj.weight", (expert,))
+    rows = slice(0, inner) if part == "gate" else slice(inner, 2 * inner)
+    return Placement(f"{stack}.gate_up_proj.weight", (expert, rows))

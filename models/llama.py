@@ -163,8 +163,8 @@ class LlamaModel(Model):
         return head(hidden).float()
 
 
-def common_args(fields: Fields) -> dict[str, Any]:
-    """The sizes that every family here shares."""
+def common_args(fields: Fields, inner: int | None = None) -> dict[str, Any]:
+    """The sizes that every family here shares. `inner`: of the MLP, where there may be none."""
     width, heads = fields.positive("hidden_size"), fields.positive("num_attention_heads")
     kv_heads = fields.positive("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -172,7 +172,7 @@ def common_args(fields: Fields) -> dict[str, Any]:
     return {
         "vocabulary": fields.positive("vocab_size"),
         "width": width,
-        "inner": fields.positive("intermediate_size"),
+        "inner": fields.positive("intermediate_size", inner),
         "layers": fields.positive("num_hidden_layers"),
         "heads": heads,
         "kv_heads": kv_heads,

@@ -26,6 +26,8 @@ from .packed_weights import PackedWeights
 from .quantization import FLOATS, assign_schemes
 from .qwen2 import Qwen2Model
 from .qwen3 import Qwen3Model
+from .qwen3_5 import Qwen35Model
+from .qwen3_5_moe import Qwen35MoeModel
 from .qwen3_moe import Qwen3MoeModel
 from .safetensors_weights import SafetensorsWeights
 from .stale_matrices import origin_of
@@ -36,6 +38,8 @@ FAMILIES: dict[str, Callable[..., Model]] = {
     "qwen2": Qwen2Model,
     "qwen3": Qwen3Model,
     "qwen3_moe": Qwen3MoeModel,
+    "qwen3_5_text": Qwen35Model,
+    "qwen3_5_moe_text": Qwen35MoeModel,
     "gemma3_text": Gemma3Model,
 }
 """Model type -> class, called with (fields, build)."""

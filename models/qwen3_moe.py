@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,12 +9,10 @@ from torch import Tensor, nn
 
 from ..common.checkpoint.fields import Fields
 from .base import Placement
-from .experts import ExpertStack, Router
+from .experts import Experts, Router, expert_placement
 from .layers import Build, GatedMLP
 from .llama import LlamaArgs
 from .qwen3 import Qwen3Args, Qwen3Model
-
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +46,12 @@ class Qwen3MoeArgs(Qwen3Args):
         )
 
 
-class Experts(nn.Module):
-    """The experts of one layer, stacked: gate rows above up rows."""
-
-    def __init__(self, args: Qwen3MoeArgs, build: Build) -> None:
-        super().__init__()
-        inner, width = args.expert_inner, args.width
-        self.gate_up_proj = ExpertStack(args.experts, 2, inner, width, build)
-        self.down_proj = ExpertStack(args.experts, 1, width, inner, build)
-
-
 class SparseMLP(nn.Module):
     def __init__(self, args: Qwen3MoeArgs, build: Build) -> None:
         super().__init__()
         self.ops = build.ops
         self.gate = Router(args.width, args.experts, build)
-        self.experts = Experts(args, build)
+        self.experts = Experts(args.experts, args.expert_inner, args.width, build)
         self.args = args
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,15 +74,4 @@ class Qwen3MoeModel(Qwen3Model):
         return SparseMLP(args, build)
 
     def placement(self, name: str) -> Placement | None:
-        """Experts saved one by one go to their place in the stack."""
-        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            return Placement(f"{name}.weight")
-        found = _EXPERT.fullmatch(name)
-        if not found:
-            return super().placement(name)
-        stack, expert, part = found[1], int(found[2]), found[3]
-        if part == "down":
-            return Placement(f"{stack}.down_proj.weight", (expert,))
-        inner = self.args.expert_inner
-        rows = slice(0, inner) if part == "gate" else slice(inner, 2 * inner)
-        return Placement(f"{stack}.gate_up_proj.weight", (expert, rows))
+        return expert_placement(name, self.args.expert_inner)

@@ -10,6 +10,15 @@ from typing import Any
 from ..errors import CheckpointError
 from .quantization_config import packed_scheme
 
+_QWEN3_5 = {
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.25,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0},
     "mistral": {
@@ -31,6 +40,8 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 10000.0,
         "num_key_value_heads": 4,
     },
+    "qwen3_5_text": _QWEN3_5,
+    "qwen3_5_moe_text": {**_QWEN3_5, "num_experts": 256, "num_experts_per_tok": 8},
     "gemma3_text": {
         "vocab_size": 262208,
         "rms_norm_eps": 1e-6,
@@ -46,7 +57,11 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What published configurations leave out, as `transformers` fills it in (5.x)."""
 
-_TEXT_TYPES = {"gemma3": "gemma3_text"}
+_TEXT_TYPES = {
+    "gemma3": "gemma3_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
 """Model type of the text part where a multimodal configuration does not say it."""
 
 

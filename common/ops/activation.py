@@ -33,6 +33,19 @@ def clamped_swiglu(gate: F32, up: F32, limit: float, slope: float, offset: float
         return ((u + offset) * g / (1.0 + np.exp(-slope * g))).astype(np.float32)
 
 
+def sigmoid_mul(gate: F32, x: F32) -> F32:
+    """gate (T, I), or (T, 1) for all of a row, and x (T, I) -> sigmoid(gate) * x: the output gate
+    of an attention layer or a shared expert (Qwen3.5)."""
+    return (x / (1.0 + np.exp(-gate.astype(np.float64)))).astype(np.float32)
+
+
+def sigmoid_cases(rng: np.random.Generator) -> Iterable[Case]:
+    for case in cases(rng):
+        gate, x = case.args["gate"], case.args["up"]
+        yield Case(case.name, {"gate": gate, "x": x})
+        yield Case(f"{case.name}_one_gate", {"gate": gate[:, :1].copy(), "x": x})
+
+
 def clamped_cases(rng: np.random.Generator) -> Iterable[Case]:
     for case in cases(rng):
         for name, limit, slope, offset in [
@@ -65,5 +78,6 @@ def _op(name: str, reference: Callable[..., F32]) -> Op:
 OPS = (
     _op("silu_mul", silu_mul),
     _op("gelu_tanh_mul", gelu_tanh_mul),
+    Op("sigmoid_mul", sigmoid_mul, sigmoid_cases, POINTWISE, dims=width),
     Op("clamped_swiglu", clamped_swiglu, clamped_cases, POINTWISE, dims=width),
 )

@@ -14,6 +14,10 @@ def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh").mul_(up)
 
 
+def sigmoid_mul(gate: Tensor, x: Tensor) -> Tensor:
+    return (gate.float().sigmoid() * x).to(x.dtype)
+
+
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, slope: float, offset: float) -> Tensor:
     g = gate.float().clamp(max=limit)
     u = up.float().clamp(-limit, limit)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...common.ops.page_digest import SEED, STRIDE
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
-from .activations import clamped_swiglu, gelu_tanh_mul, silu_mul
+from .activations import clamped_swiglu, gelu_tanh_mul, sigmoid_mul, silu_mul
 from .attention import SdpaAttention
 from .device import TorchDevice
 from .experts import moe, moe_experts, moe_route
@@ -146,6 +146,7 @@ GENERIC: dict[str, Callable[..., Any]] = {
     "qk_norm_rope": qk_norm_rope,
     "silu_mul": silu_mul,
     "gelu_tanh_mul": gelu_tanh_mul,
+    "sigmoid_mul": sigmoid_mul,
     "clamped_swiglu": clamped_swiglu,
     "moe_route": moe_route,
     "moe_experts": moe_experts,
