@@ -7,7 +7,7 @@ merge x merge patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Self
@@ -251,6 +251,21 @@ class Qwen35Vision(nn.Module):
             x = block(x, rotary, starts)
         result: Tensor = self.merger(x)
         return result
+
+
+def vision_fields(fields: Fields) -> Fields | None:
+    """`vision_config` of a whole configuration; None for a text model. Raises CheckpointError where
+    the tower's rows would not fit the text's."""
+    values = fields.optional("vision_config")
+    if values is None:
+        return None
+    if not isinstance(values, Mapping):
+        raise fields.unsupported("vision_config", "an object")
+    found = Fields(values, fields.source)
+    width = fields.positive("hidden_size")
+    if found.positive("out_hidden_size") != width:
+        raise found.unsupported("out_hidden_size", f"the text's hidden_size, {width}")
+    return found
 
 
 def patch_places(grids: Sequence[Grid], merge: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

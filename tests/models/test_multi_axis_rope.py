@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.kernel_checks import cpu_facts, cpu_registry
-from tiny_vision import TEXT, tiny_config
+from support.tiny_qwen3_5 import TEXT
+from transformers import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
 
 from sixfold.common.checkpoint.fields import Fields
@@ -39,9 +40,8 @@ def native(half: int) -> KernelTable:
 @pytest.mark.parametrize("name", SIZES)
 def test_angles_equal_transformers(name: str, table: KernelTable) -> None:
     head_dim, changes = SIZES[name]
-    config = tiny_config().text_config
-    config.head_dim = head_dim
-    config.rope_parameters = {**config.rope_parameters, **changes}
+    rope_parameters = {**TEXT["rope_parameters"], **changes}
+    config = Qwen3_5TextConfig(**{**TEXT, "head_dim": head_dim, "rope_parameters": rope_parameters})
     positions = torch.randint(0, 3000, (3, 17), generator=torch.Generator().manual_seed(1))
     cos, sin = Qwen3_5TextRotaryEmbedding(config)(torch.zeros(1), positions[:, None])
     for ops in (table, native(cos.shape[-1] // 2)):

@@ -209,7 +209,8 @@ def test_positions_equal_transformers(
     before: int, grids: list[tuple[int, int, int]], after: int
 ) -> None:
     import torch
-    from tiny_vision import tiny_config
+    from support.tiny_qwen3_5 import TEXT, TOKENS, VISION
+    from transformers import Qwen3_5Config
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Model
 
     kinds, images = [0] * before, []
@@ -218,7 +219,7 @@ def test_positions_equal_transformers(
         kinds += [1] * tokens_of(grid, 2) + [0]
     kinds += [0] * after
     with torch.device("meta"):
-        oracle = Qwen3_5Model(tiny_config())
+        oracle = Qwen3_5Model(Qwen3_5Config(text_config=TEXT, vision_config=VISION, **TOKENS))
     places, shift = oracle.get_rope_index(
         torch.zeros((1, len(kinds)), dtype=torch.long),
         torch.tensor([kinds]),
