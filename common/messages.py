@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from ..platforms.interface import ImageInput
 from .sampling import SamplingParams
 
 
@@ -131,6 +132,7 @@ class Ready(Message):
     groups: dict[str, dict[str, Any]]
     weight_bytes: int
     cache_bytes: int
+    images: ImageInput | None = None
 
 
 class Failed(Message):

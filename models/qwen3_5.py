@@ -257,8 +257,9 @@ class Qwen35Model(Model):
         return [m.spec if isinstance(m, GatedAttention) else None for m in self._mixers]
 
     def images(self) -> ImageInput | None:
-        tower = self.vision
-        return tower and ImageInput(self.image_token, tower.merge, tower.patch_values)
+        if self.vision is None:
+            return None
+        return ImageInput(self.image_token, self.vision.merge, self.vision.patch_values)
 
     def image_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         if self.vision is None:
