@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..common.checkpoint.quantised_rows import QuantisedRows
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..platforms.interface_kernels import Problem
 from .base import Placement
 from .layers import Build, Layer, Linear
@@ -25,29 +25,33 @@ class Router(Linear):
 
 
 class ExpertStack(Layer):
-    """One matrix of every expert, or two above each other (gate, up): (experts, parts * n, k)."""
+    """One matrix of every expert, or two above each other (gate, up): (experts, parts * n, k). `op`
+    is the one that takes it, "moe" or "moe_experts"."""
 
-    def __init__(self, experts: int, parts: int, n: int, k: int, build: Build) -> None:
+    def __init__(
+        self, experts: int, parts: int, n: int, k: int, build: Build, op: str = "moe"
+    ) -> None:
         super().__init__(build)
+        self.op = op
         self.weight = build.parameter(experts, parts * n, k)
         self.dims = {"experts": experts, "parts": parts, "n": n, "k": k}
         self.matrix: Any = None  # the weight as the kernel takes it
 
     def problems(self) -> Iterable[Problem]:
-        yield self.matrix_problem("moe", **self.dims)
+        yield self.matrix_problem(self.op, **self.dims)
 
-    def prepare(self, stored: Iterable[QuantisedRows] | None = None) -> None:
+    def prepare(self, stored: Iterable[StoredMatrix] | None = None) -> None:
         """`stored`: the matrices (n, k), expert by expert."""
         (problem,) = self.problems()
-        self.matrix = self.build.prepared("moe", stored or self.weight, problem)
+        self.matrix = self.build.prepared(self.op, stored or self.weight, problem)
         if not isinstance(self.matrix, Tensor):
             del self.weight
 
     def keepable(self) -> Parts | None:
-        return self._taken_apart("moe", self.matrix)
+        return self._taken_apart(self.op, self.matrix)
 
     def restore(self, parts: Parts) -> None:
-        self.matrix = self._restored("moe", parts)
+        self.matrix = self._restored(self.op, parts)
         del self.weight
 
 

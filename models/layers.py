@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checkpoint.quantised_rows import QuantisedRows
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..common.errors import KernelError
 from ..platforms.interface_kernels import KernelTable, Problem
 from .matrix_cache import Parts
@@ -34,7 +34,7 @@ class Build:
         return Problem(op, self.dtype_name, dims)
 
     def prepared(
-        self, op: str, weight: Tensor | QuantisedRows | Iterable[QuantisedRows], problem: Problem
+        self, op: str, weight: Tensor | StoredMatrix | Iterable[StoredMatrix], problem: Problem
     ) -> Any:
         """The matrix, or stack of them, in the form that the bound kernel takes."""
         prepare = self.ops.kernels[op].prepare
@@ -64,7 +64,7 @@ class Layer(nn.Module):
         """Of an op that reads a matrix, quantised or not."""
         return Problem(op, self.build.dtype_name, dims, self.scheme)
 
-    def prepare(self, stored: Iterable[QuantisedRows] | None = None) -> None:
+    def prepare(self, stored: Iterable[StoredMatrix] | None = None) -> None:
         """Called when all parameters of this layer have their values. `stored` has the matrix, or a
         stack's matrices in order, when the checkpoint holds them in the layer's scheme: the
         parameter is then on meta."""
@@ -103,7 +103,7 @@ class Linear(Layer):
         result: Tensor = self.ops.linear(x, self.matrix, self.bias)
         return result
 
-    def prepare(self, stored: Iterable[QuantisedRows] | None = None) -> None:
+    def prepare(self, stored: Iterable[StoredMatrix] | None = None) -> None:
         (problem,) = self.problems()
         weight = _only(stored) or self.weight
         self.matrix = self.build.prepared("linear", weight, problem)
@@ -140,7 +140,7 @@ class Embedding(Layer):
         result: Tensor = self.ops.linear(x, self.head, None)
         return result
 
-    def prepare(self, stored: Iterable[QuantisedRows] | None = None) -> None:
+    def prepare(self, stored: Iterable[StoredMatrix] | None = None) -> None:
         """One matrix serves both uses when both kernels take the same form."""
         lookup, *product = self.problems()
         weight = _only(stored) or self.weight
@@ -234,5 +234,11 @@ class GatedMLP(Layer):
         yield self.build.problem(self.activation, width=self.inner)
 
 
-def _only(stored: Iterable[QuantisedRows] | None) -> QuantisedRows | None:
-    return None if stored is None else next(iter(stored))
+def _only(stored: Iterable[StoredMatrix] | None) -> StoredMatrix | None:
+    """Raises KernelError where a matrix was put together from several."""
+    if stored is None:
+        return None
+    matrix, *others = stored
+    if others:
+        raise KernelError(f"{len(others) + 1} quantised matrices were stored for one layer.")
+    return matrix

@@ -10,13 +10,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..common.checkpoint.checkpoint import Checkpoint
-from ..common.checkpoint.quantised_rows import QuantisedRows
-from ..common.checkpoint.quantization_config import packed_scheme
+from ..common.checkpoint.quantization_config import has_block_scales, packed_scheme
 from ..common.errors import CheckpointError
 from ..platforms.interface import LoadProgress
 from ..platforms.interface_kernels import KernelTable, Problem
 from .base import Model, Placement
+from .block_weights import BlockWeights
+from .deepseek_v4 import DeepseekV4Model
 from .gemma3 import Gemma3Model
 from .gguf_weights import GGUFWeights
 from .layers import Build, Layer, Norm
@@ -41,6 +43,7 @@ FAMILIES: dict[str, Callable[..., Model]] = {
     "qwen3_5_text": Qwen35Model,
     "qwen3_5_moe_text": Qwen35MoeModel,
     "gemma3_text": Gemma3Model,
+    "deepseek_v4": DeepseekV4Model,
 }
 """Model type -> class, called with (fields, build)."""
 
@@ -74,7 +77,7 @@ class WeightSource(Protocol):
         """Whether a model that has no such tensor computes the same without it."""
         ...
 
-    def quantised(self, name: str) -> QuantisedRows:
+    def quantised(self, name: str) -> StoredMatrix:
         """A whole matrix in the form that it is stored in, when that is not a dtype."""
         ...
 
@@ -110,6 +113,8 @@ def build_model(
 def open_weights(checkpoint: Checkpoint) -> WeightSource:
     if checkpoint.format == "gguf":
         return GGUFWeights(checkpoint.path)
+    if has_block_scales(checkpoint.config, checkpoint.config_file):
+        return BlockWeights(checkpoint.path)
     scheme = packed_scheme(checkpoint.config, checkpoint.config_file)
     if scheme is not None:
         return PackedWeights(checkpoint.path, scheme)

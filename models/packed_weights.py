@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..common.checkpoint.packed_matrices import PackedMatrix, find_packed
 from ..common.checkpoint.packed_schemes import PackedScheme
-from ..common.checkpoint.quantised_rows import QuantisedRows
 from ..common.checkpoint.safetensors_index import read_array
 from .safetensors_weights import SafetensorsWeights
 
@@ -42,7 +42,7 @@ class PackedWeights(SafetensorsWeights):
     def scheme(self, name: str) -> str:
         return self._packed[name].scheme.name if name in self._packed else super().scheme(name)
 
-    def quantised(self, name: str) -> QuantisedRows:
+    def quantised(self, name: str) -> StoredMatrix:
         if name in self._packed:
             return self._packed[name].quantised_rows()
         return super().quantised(name)

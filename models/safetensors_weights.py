@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.checkpoint.quantised_rows import QuantisedRows
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..common.checkpoint.safetensors_index import ITEM_BYTES, StoredTensor, read_tables
 from ..common.errors import CheckpointError
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {**_FLOATS, "I64": torch.int64, "I32": torch.int32}
 _SCHEMES = {"F16": "float16", "BF16": "bfloat16"}
 _BLOCK_BYTES = 4 << 20
 
@@ -64,7 +65,7 @@ class SafetensorsWeights:
     def is_spare(self, name: str) -> bool:
         return False
 
-    def quantised(self, name: str) -> QuantisedRows:
+    def quantised(self, name: str) -> StoredMatrix:
         raise CheckpointError(f"{self.where(name)} is not quantised.")
 
     def copy_into(self, name: str, target: Tensor) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .quantised_rows import QuantisedRows
+
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
@@ -55,6 +57,10 @@ class Mxfp4Rows:
         nibbles = np.stack([self.codes & 15, self.codes >> 4], axis=-1).reshape(self.shape)
         scales = np.exp2(self.scales.astype(np.float32) - MX_BIAS)
         return E2M1[nibbles] * np.repeat(scales, MX_GROUP, axis=1)
+
+
+StoredMatrix = QuantisedRows | Fp8Blocks | Mxfp4Rows
+"""A matrix in a form that a checkpoint stores it in, other than a dtype."""
 
 
 def _e4m3() -> F32:

@@ -11,29 +11,51 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .block_floats import SQUARE
 from .packed_schemes import AWQ, GPTQ, Compressed, PackedScheme
 from .quantised_rows import GROUP
 
 SUPPORTED = (
     "gptq (4 and 8 bits), awq (4 bits, version gemm), compressed-tensors (int-quantized and "
-    "pack-quantized), and directories in float32, float16 or bfloat16; or a GGUF file"
+    "pack-quantized), fp8 (e4m3 in blocks of 128 x 128), and directories in float32, float16 or "
+    "bfloat16; or a GGUF file"
 )
 
 
 def packed_scheme(config: Mapping[str, Any], source: Path) -> PackedScheme | None:
     """None when nothing is quantised. Raises CheckpointError naming the field."""
+    stated = _stated(config, source)
+    if stated is None or has_block_scales(config, source):
+        return None
+    if stated.method not in _METHODS:
+        raise CheckpointError(
+            f"{source}: field 'quantization_config' ({stated.method}) is not supported; supported: "
+            f"{SUPPORTED}."
+        )
+    return _METHODS[stated.method](stated)
+
+
+def has_block_scales(config: Mapping[str, Any], source: Path) -> bool:
+    """Whether matrices may be small floats with a scale per block (`block_scaled`). Which are, and
+    in which form, is told by their tensors. Raises CheckpointError naming the field."""
+    stated = _stated(config, source)
+    if stated is None or stated.method != "fp8":
+        return False
+    stated.one_of("fmt", ("e4m3",), "e4m3")
+    stated.one_of("scale_fmt", ("ue8m0", "float"), "float")
+    stated.one_of("activation_scheme", ("dynamic",), "dynamic")
+    stated.one_of("weight_block_size", ([SQUARE, SQUARE],))
+    return True
+
+
+def _stated(config: Mapping[str, Any], source: Path) -> _Stated | None:
     stated = config.get("quantization_config") or config.get("compression_config")
     if not stated:
         return None
     if not isinstance(stated, dict):
         raise CheckpointError(f"{source}: field 'quantization_config' must be an object.")
     method = str(stated.get("quant_method") or "unnamed method").lower()
-    if method not in _METHODS:
-        raise CheckpointError(
-            f"{source}: field 'quantization_config' ({method}) is not supported; supported: "
-            f"{SUPPORTED}."
-        )
-    return _METHODS[method](_Stated(stated, source, method))
+    return _Stated(stated, source, method)
 
 
 class _Stated:

@@ -19,10 +19,15 @@ from numpy.typing import NDArray
 from ..errors import CheckpointError
 from .hf_directory import read_object
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1}
+ITEM_BYTES = {
+    "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1,
+}  # fmt: skip
 """Supported storage types and their bytes per element."""
 
-_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1"}
+_NUMPY = {
+    "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1",
+    "F8_E4M3": "u1", "F8_E8M0": "u1",
+}  # fmt: skip
 
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000
@@ -84,7 +89,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_array(tensor: StoredTensor) -> NDArray[Any]:
-    """A whole tensor of a supported type; floats become float32."""
+    """A whole tensor of a supported type; floats become float32, floats of a byte stay bytes."""
     count = tensor.nbytes // ITEM_BYTES[tensor.dtype]
     kind = np.dtype(_NUMPY[tensor.dtype])
     raw = np.fromfile(tensor.file, kind, count, offset=tensor.offset).reshape(tensor.shape)

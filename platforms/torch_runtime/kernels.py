@@ -15,8 +15,17 @@ from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from .activations import clamped_swiglu, gelu_tanh_mul, sigmoid_mul, silu_mul
 from .attention import SdpaAttention
+from .compress import compress_norm_rope_store
+from .compressed_attention import compressed_attention, index_topk
 from .device import TorchDevice
 from .experts import moe, moe_experts, moe_route
+from .hyper_connections import mhc_head, mhc_post, mhc_post_pre, mhc_pre
+from .interleaved_rope import (
+    grouped_linear,
+    interleaved_rope,
+    inverse_rope_grouped_linear,
+    shared_kv_norm_rope,
+)
 from .latent_attention import latent_attention, merge_state
 from .recurrent import conv1d_update, gated_delta
 from .sampler import mix32, sample, signed
@@ -154,6 +163,17 @@ GENERIC: dict[str, Callable[..., Any]] = {
     "conv1d_update": conv1d_update,
     "gated_delta": gated_delta,
     "latent_attention": latent_attention,
+    "mhc_pre": mhc_pre,
+    "mhc_post": mhc_post,
+    "mhc_post_pre": mhc_post_pre,
+    "mhc_head": mhc_head,
+    "interleaved_rope": interleaved_rope,
+    "shared_kv_norm_rope": shared_kv_norm_rope,
+    "grouped_linear": grouped_linear,
+    "inverse_rope_grouped_linear": inverse_rope_grouped_linear,
+    "compress_norm_rope_store": compress_norm_rope_store,
+    "index_topk": index_topk,
+    "compressed_attention": compressed_attention,
     "merge_state": merge_state,
     "segment_attention": segment_attention,
     "kv_write": kv_write,
@@ -165,7 +185,9 @@ GENERIC: dict[str, Callable[..., Any]] = {
 }
 
 
-READS_ON_HOST = frozenset({"moe", "moe_experts", "gated_delta", "latent_attention"})
+READS_ON_HOST = frozenset(
+    "moe moe_experts gated_delta latent_attention index_topk compressed_attention".split()
+)
 
 
 def _anywhere(facts: DeviceFacts, problem: Problem) -> str | None:

@@ -7,17 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from reference_kernels import reference_table
+from support.kernel_checks import generic_table
 
-from sixfold.platforms.interface_kernels import Kernel, KernelTable
-from sixfold.platforms.torch_runtime.kernels import GENERIC
+from sixfold.platforms.interface_kernels import KernelTable
 
 torch.set_num_threads(1)
-
-
-def generic_table() -> KernelTable:
-    """The kernels that every torch platform falls back to."""
-    kernels = {op: Kernel(op, "generic", lambda f, p: None, fn) for op, fn in GENERIC.items()}
-    return KernelTable(kernels, ())
 
 
 @pytest.fixture(params=["reference", "generic"])

@@ -14,9 +14,9 @@ from sixfold.platforms.cpu.device import CpuDevice
 from sixfold.platforms.cpu.kernels import register
 from sixfold.platforms.cpu.packing import GROUP
 from sixfold.platforms.interface import DeviceFacts
-from sixfold.platforms.interface_kernels import Kernel, Op
+from sixfold.platforms.interface_kernels import Kernel, KernelTable, Op
 from sixfold.platforms.torch_runtime.conformance import TorchRunner
-from sixfold.platforms.torch_runtime.kernels import register_generic
+from sixfold.platforms.torch_runtime.kernels import GENERIC, register_generic
 
 
 def cpu_facts(**changes: Any) -> DeviceFacts:
@@ -47,6 +47,12 @@ def cpu_registry(**changes: Any) -> KernelRegistry:
     register_generic(registry, device)
     register(registry, device)
     return registry
+
+
+def generic_table() -> KernelTable:
+    """The kernels that every torch platform falls back to."""
+    kernels = {op: Kernel(op, "generic", lambda f, p: None, fn) for op, fn in GENERIC.items()}
+    return KernelTable(kernels, ())
 
 
 def verdict_of(op: Op, fn: Callable[..., Any], *dtypes: str) -> Verdict:

@@ -106,7 +106,7 @@ def test_what_is_read(config: Any, scheme: PackedScheme | None) -> None:
             ["'config_groups'", "alike"],
         ),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bitsandbytes", "gptq", "awq"]),
-        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, ["fp8", "compressed-tensors"]),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, ["fp8", "'weight_block_size'"]),
         ({"bits": 4}, ["unnamed method"]),
         ("gptq", ["must be an object"]),
     ],
