@@ -26,6 +26,9 @@ from .layers import Build, Embedding, Layer, Linear
 
 EPS = 1e-6
 THETA = 10000.0
+ROWS_AT_ONCE = 8192
+"""Patches that go through an MLP together: its inner width would be most of a large image's
+memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +170,9 @@ class VisionMLP(nn.Module):
         self.linear_fc2 = TowerLinear(args.inner, args.width, build, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
-        return result
+        parts = x.split(ROWS_AT_ONCE)
+        made = [self.linear_fc2(F.gelu(self.linear_fc1(p), approximate="tanh")) for p in parts]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
 
 class VisionBlock(nn.Module):

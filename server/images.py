@@ -32,22 +32,24 @@ class ImageReader:
     max_bytes: int  # of one file
     fetch: bool = False
 
-    async def read(self, url: str, param: str) -> Patches:
-        """Raises RequestError or ApiError 400 that names `param`."""
+    async def read(self, url: str, param: str, before: int) -> Patches:
+        """`before`: tokens of the images before it. Raises RequestError or ApiError 400 that names
+        `param`."""
         data = await self._bytes(url, param)
         try:
-            return await asyncio.to_thread(self._cut, data)
+            return await asyncio.to_thread(self._cut, data, before)
         except RequestError as error:
             error.param = param
             raise
 
-    def _cut(self, data: bytes) -> Patches:
+    def _cut(self, data: bytes, before: int) -> Patches:
         picture = open_picture(data)
         tokens = tokens_of(grid_of(picture, self.settings), self.settings.merge)
-        if tokens >= self.max_context:  # before the work is done
+        if before + tokens >= self.max_context:  # before it takes memory
+            others = f", those before it {before}" if before else ""
             raise RequestError(
-                f"The image takes {tokens} tokens; this model's maximum context length is "
-                f"{self.max_context}. Send a smaller image.",
+                f"The image takes {tokens} tokens{others}; this model's maximum context length is "
+                f"{self.max_context}. Send smaller images, or fewer.",
                 None,
                 "context_length_exceeded",
             )

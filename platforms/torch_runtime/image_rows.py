@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from ...models.base import Model
 from ...models.vision import ImageRows
 from ..interface_step import StepBatch, StepImage
 from .device import TorchDevice
+
+PATCHES_AT_ONCE = 8192
+"""Of several images: what the tower needs beside its weights grows with them."""
 
 
 class ImageEncoder:
@@ -29,14 +32,22 @@ class ImageEncoder:
         """What the step's images put in place of embeddings; None when it has none."""
         new = {image.key: image for image in batch.images if image.key not in self._kept}
         if new:
-            self._encode(new.values())
+            self._encode(list(new.values()))
         result = self._rows(batch.images) if batch.images else None
         for key in batch.images_done:
             del self._kept[key]
         return result
 
-    def _encode(self, images: Iterable[StepImage]) -> None:
-        """All of a step's new images at once."""
+    def _encode(self, images: Sequence[StepImage]) -> None:
+        """Small images together, as far as they are few patches; a large one alone."""
+        start = 0
+        for end in range(1, len(images) + 1):
+            ahead = images[start : end + 1]
+            if end == len(images) or sum(len(i.patches) for i in ahead) > PATCHES_AT_ONCE:
+                self._encode_together(images[start:end])
+                start = end
+
+    def _encode_together(self, images: Sequence[StepImage]) -> None:
         keys, grids, patches = zip(*((i.key, i.grid, i.patches) for i in images), strict=True)
         rows = self._model.image_rows(self._device.to_device(np.concatenate(patches)), grids)
         sizes = [tokens_of(grid, self._merge) for grid in grids]

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...common.checkpoint.tokenizer import Tokenizer
+from ...common.images.patches import Patches, tokens_of
 from ...common.text.logprobs import TokenEntry, chat_logprobs
 from ...common.text.output import TextDelta
 from ..errors import bad_request
@@ -104,9 +105,11 @@ async def chat_prompt(loaded: Loaded, body: Conversation, special: bool) -> Prom
     """The rendered conversation in tokens, its images in their places. Raises RequestError."""
     messages: list[ChatMessage] = body.messages
     reader = loaded.images
-    patches = []
-    if reader is not None:
-        patches = [await reader.read(url, param) for param, url in _images(messages)]
+    patches: list[Patches] = []
+    tokens = 0
+    for param, url in _images(messages) if reader is not None else ():
+        patches.append(await reader.read(url, param, tokens))
+        tokens += tokens_of(patches[-1].grid, reader.taken.merge)
     text = render_chat(
         loaded.tokenizer, messages, body.add_generation_prompt, body.chat_template_kwargs
     )

@@ -92,6 +92,17 @@ def test_rows_on_this_machines_own_kernels(oracle: Any) -> None:
     torch.testing.assert_close(found, expected(oracle, patches, grids), atol=1e-4, rtol=1e-4)
 
 
+def test_a_large_image_goes_through_the_mlp_in_parts(
+    oracle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sixfold.models.qwen3_5_vision.ROWS_AT_ONCE", 7)
+    grids = GRIDS["several"]
+    patches = pixels(grids)
+    with torch.inference_mode():
+        found = ours(oracle, reference_table())(patches, grids)
+    torch.testing.assert_close(found, expected(oracle, patches, grids), atol=1e-4, rtol=1e-4)
+
+
 def test_an_image_gives_the_same_rows_alone_and_in_company(oracle: Any) -> None:
     grids = GRIDS["several"]
     patches = pixels(grids)

@@ -63,7 +63,7 @@ def files() -> Iterator[str]:
 
 
 def read(reader: ImageReader, url: str) -> Any:
-    return asyncio.run(reader.read(url, "where"))
+    return asyncio.run(reader.read(url, "where", 100))
 
 
 def refused(reader: ImageReader, url: str) -> tuple[str | None, str]:
@@ -107,9 +107,9 @@ def test_an_image_of_too_many_tokens_is_refused_before_it_is_cut(
     reader: ImageReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sixfold.server.images.cut", lambda *a: pytest.fail("was cut"))
-    code, message = refused(replace(reader, max_context=4), data_url(FILE))
+    code, message = refused(replace(reader, max_context=104), data_url(FILE))
     assert code == "context_length_exceeded"
-    assert "4 tokens" in message
+    assert "4 tokens, those before it 100" in message
 
 
 # ---- start

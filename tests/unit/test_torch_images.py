@@ -4,6 +4,7 @@ once per image."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sixfold.platforms.cpu.device import CpuDevice
 from sixfold.platforms.cpu.kernels import register
 from sixfold.platforms.cpu.native_library import missing
 from sixfold.platforms.interface import EngineSpec, ExecutorInfo, ImageInput, Status
+from sixfold.platforms.torch_runtime import image_rows, model_runner
 from sixfold.platforms.torch_runtime.executor import TorchExecutor
 
 STEPS = 6
@@ -127,12 +129,29 @@ def test_the_tower_runs_once_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(ran) == sorted([(1, 6, 8), (1, 4, 4), (1, 2, 10), (1, 6, 8)])
 
 
+def test_images_that_are_many_patches_are_made_apart(
+    wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Talk 2 has images of 16 and 20 patches in one step."""
+    calls: list[int] = []
+    right = SeeingModel.image_rows
+
+    def counted(self: Any, patches: Any, grids: Any) -> Any:
+        calls.append(len(grids))
+        return right(self, patches, grids)
+
+    monkeypatch.setattr(SeeingModel, "image_rows", counted)
+    for most, together in ((36, [1, 2, 1]), (35, [1, 1, 1, 1])):
+        monkeypatch.setattr(image_rows, "PATCHES_AT_ONCE", most)
+        calls.clear()
+        assert served(executor("op by op"), 64)[1] == wanted
+        assert calls == together
+
+
 @pytest.mark.parametrize("fault", ["rows_swapped", "time_alone"])
 def test_a_fault_in_the_runtime_is_seen(
     fault: str, wanted: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sixfold.platforms.torch_runtime import image_rows, model_runner
-
     if fault == "time_alone":
         right = model_runner.rotary_positions
         flat = lambda batch: right(batch)[0] if right(batch).ndim == 2 else right(batch)  # noqa: E731
@@ -166,10 +185,7 @@ def test_a_text_model_says_that_it_takes_none() -> None:
 
 
 def test_axes_that_agree_are_plain_positions() -> None:
-    from types import SimpleNamespace
-
-    from sixfold.platforms.torch_runtime.model_runner import rotary_positions
-
+    rotary_positions = model_runner.rotary_positions
     batch: Any = SimpleNamespace(
         rotary=None, query_start=np.array([0, 2, 3]), context_lens=np.array([5, 9])
     )
