@@ -18,8 +18,8 @@ import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..common.checkpoint.block_floats import StoredMatrix
 from ..common.checkpoint.fields import Fields
-from ..common.checkpoint.quantised_rows import QuantisedRows
 from ..common.images.patches import Grid
 from ..platforms.interface_kernels import Problem
 from .layers import Build, Embedding, Layer, Linear
@@ -101,7 +101,7 @@ class PatchProjection(TowerLinear):
         super().__init__(int(np.prod(size)), args.width, build, bias=True)
         self.weight = build.parameter(args.width, *size)
 
-    def prepare(self, stored: Iterable[QuantisedRows] | None = None) -> None:
+    def prepare(self, stored: Iterable[StoredMatrix] | None = None) -> None:
         self.weight = nn.Parameter(self.weight.flatten(1), requires_grad=False)
         super().prepare(stored)
 

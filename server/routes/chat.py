@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -15,7 +14,7 @@ from ...common.text.logprobs import TokenEntry, chat_logprobs
 from ...common.text.output import TextDelta
 from ..errors import bad_request
 from ..generation import Choice, Prompt, Run, sampling
-from ..images import place
+from ..images import ImageReader, place
 from ..protocol import (
     ACCEPTED,
     REFUSED_CHAT,
@@ -105,11 +104,7 @@ async def chat_prompt(loaded: Loaded, body: Conversation, special: bool) -> Prom
     """The rendered conversation in tokens, its images in their places. Raises RequestError."""
     messages: list[ChatMessage] = body.messages
     reader = loaded.images
-    patches: list[Patches] = []
-    tokens = 0
-    for param, url in _images(messages) if reader is not None else ():
-        patches.append(await reader.read(url, param, tokens))
-        tokens += tokens_of(patches[-1].grid, reader.taken.merge)
+    patches = [] if reader is None else await _read(reader, messages)
     text = render_chat(
         loaded.tokenizer, messages, body.add_generation_prompt, body.chat_template_kwargs
     )
@@ -120,12 +115,17 @@ async def chat_prompt(loaded: Loaded, body: Conversation, special: bool) -> Prom
     return Prompt(ids, "messages", images=images)
 
 
-def _images(messages: list[ChatMessage]) -> Iterator[tuple[str, str]]:
-    """(the field that errors name, URL) of every image, in order."""
+async def _read(reader: ImageReader, messages: list[ChatMessage]) -> list[Patches]:
+    """Every image, in order. Raises RequestError that names the part."""
+    patches: list[Patches] = []
+    tokens = 0
     for number, message in enumerate(messages):
-        for place_in, part in enumerate(message.content):
+        for index, part in enumerate(message.content):
             if isinstance(part, ImagePart):
-                yield f"messages[{number}].content[{place_in}]", part.image_url.url
+                param = f"messages[{number}].content[{index}]"
+                patches.append(await reader.read(part.image_url.url, param, tokens))
+                tokens += tokens_of(patches[-1].grid, reader.taken.merge)
+    return patches
 
 
 def _content(content: str | list[TextPart | ImagePart]) -> str | list[dict[str, str]]:
