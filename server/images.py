@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
-import httpx
-
 from ..common.checkpoint.checkpoint import Checkpoint
 from ..common.errors import CheckpointError, RequestError
 from ..common.images.patches import Patches, cut, grid_of, open_picture, tokens_of
@@ -76,6 +74,8 @@ class ImageReader:
 
     async def _fetched(self, url: str, param: str) -> bytes:
         """Follows no redirect: the URL that the client named is the one that is read."""
+        import httpx
+
         data = bytearray()
         try:
             async with (

@@ -57,6 +57,8 @@ def open_picture(data: bytes) -> Image:
             raise _refusal(f"has {width} x {height} pixels; at most {MOST_PIXELS} are read")
         if getattr(picture, "n_frames", 1) > 1:
             raise _refusal("is animated; send one frame")
+        if picture.mode[:1] in ("I", "F"):  # Pillow would cut them off at 255
+            raise _refusal("has more than 8 bits of grey; send 8 bits per channel")
         return ImageOps.exif_transpose(picture).convert("RGB")
     except RequestError:
         raise

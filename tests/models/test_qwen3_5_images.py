@@ -4,6 +4,7 @@ inside the conversation, and never another image's."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as Pictures
+from safetensors.torch import save_file
 from support.run_engine import finish, serving, torch_executor
-from support.tiny_qwen3_5 import NAMES, TOKENS, VOCAB, write
+from support.tiny_qwen3_5 import NAMES, TOKENS, VOCAB, build, save, write
 
 from sixfold.common.engine import Engine
+from sixfold.common.errors import CheckpointError
 from sixfold.common.images.patches import Patches, cut, tokens_of
 from sixfold.common.images.settings import ImageSettings
 from sixfold.common.messages import AddRequest, Image, Output
@@ -142,3 +145,59 @@ def test_the_images_matter(model: tuple[Path, Any]) -> None:
     _, oracle = model
     one, other = (logits(oracle, TALKS[name], [])[-1] for name in ("one_image", "the_other_image"))
     assert (one - other).abs().max() > 0.1
+
+
+def rows(path: Path, **fields: Any) -> torch.Tensor:
+    """What the loaded tower makes of one image."""
+    executor = torch_executor(path, **fields)
+    image = picture(0, 128, 96)
+    with serving(executor):
+        runner = executor._runner
+        assert runner is not None
+        with torch.inference_mode():
+            return runner._model.image_rows(torch.from_numpy(image.values), [image.grid]).clone()
+
+
+def test_rounding_the_text_leaves_the_tower_as_it_is(model: tuple[Path, Any]) -> None:
+    path, _ = model
+    wanted = rows(path)
+    assert torch.equal(rows(path, quantize="int8"), wanted)
+    for _ in range(2):  # written, then mapped at the next start
+        assert torch.equal(rows(path, weight_cache=True), wanted)
+
+
+def test_a_stored_sixteen_bit_tower_is_kept_and_near(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    oracle = build("dense")
+    wanted = rows(save(oracle, tmp_path / "whole"))
+    found = rows(save(oracle.bfloat16(), tmp_path / "half"))
+    assert not torch.equal(found, wanted)
+    assert (found - wanted).abs().mean() < 0.02 * wanted.std()
+
+
+def test_a_checkpoint_whose_tower_is_incomplete_is_refused(tmp_path: Path) -> None:
+    oracle = build("dense")
+    path = save(oracle, tmp_path)
+    tensors = {n: t for n, t in oracle.state_dict().items() if "visual.merger.norm" not in n}
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"vision\.merger\.norm\.weight"):
+        torch_executor(path).load()
+
+
+def test_a_tower_of_another_width_is_refused(tmp_path: Path) -> None:
+    path = save(build("dense"), tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    config["vision_config"]["out_hidden_size"] = 48
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="out_hidden_size"):
+        torch_executor(path).load()
+
+
+def test_a_text_configuration_has_no_tower(tmp_path: Path) -> None:
+    """Text-only fine-tunes: the text's fields at the top, no vision_config."""
+    path = save(build("dense"), tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    text_only = {**config["text_config"], "model_type": "qwen3_5_text"}
+    (path / "config.json").write_text(json.dumps(text_only))
+    with serving(torch_executor(path)) as (_, info):
+        assert info.images is None

@@ -156,8 +156,9 @@ def _animated() -> bytes:
         (encoded(picture(60, 60))[:400], "cannot be decoded"),
         (encoded(picture(8, 8), "BMP"), "formats"),
         (_animated(), "animated"),
+        (encoded(Image.fromarray(np.full((4, 4), 999, np.uint16))), "8 bits"),
     ],
-    ids=["empty", "text", "cut_short", "bmp", "animated"],
+    ids=["empty", "text", "cut_short", "bmp", "animated", "sixteen_bits"],
 )
 def test_what_is_no_picture_is_refused(data: bytes, word: str) -> None:
     with pytest.raises(RequestError, match=word) as caught:
