@@ -12,18 +12,25 @@ from torch import Tensor, nn
 
 from ..common.checkpoint.block_floats import StoredMatrix
 from ..common.checkpoint.checkpoint import Checkpoint
-from ..common.checkpoint.quantization_config import has_block_scales, packed_scheme
+from ..common.checkpoint.quantization_config import (
+    has_block_scales,
+    has_mxfp4_stacks,
+    packed_scheme,
+)
 from ..common.errors import CheckpointError
 from ..platforms.interface import LoadProgress
 from ..platforms.interface_kernels import KernelTable, Problem
 from .base import Model, Placement
 from .block_weights import BlockWeights
+from .deepseek_v3 import DeepseekV3Model
 from .deepseek_v4 import DeepseekV4Model
 from .gemma3 import Gemma3Model
 from .gguf_weights import GGUFWeights
+from .gpt_oss import GptOssModel
 from .layers import Build, Layer, Norm
 from .llama import LlamaModel
 from .matrix_cache import VERSION, MatrixCache, Parts, files_of, fingerprint, folder_for
+from .mxfp4_stacks import Mxfp4Stacks
 from .packed_weights import PackedWeights
 from .quantization import FLOATS, assign_schemes
 from .qwen2 import Qwen2Model
@@ -43,6 +50,8 @@ FAMILIES: dict[str, Callable[..., Model]] = {
     "qwen3_5_text": Qwen35Model,
     "qwen3_5_moe_text": Qwen35MoeModel,
     "gemma3_text": Gemma3Model,
+    "gpt_oss": GptOssModel,
+    "deepseek_v3": DeepseekV3Model,
     "deepseek_v4": DeepseekV4Model,
 }
 """Model type -> class, called with (fields, build)."""
@@ -115,6 +124,8 @@ def open_weights(checkpoint: Checkpoint) -> WeightSource:
         return GGUFWeights(checkpoint.path)
     if has_block_scales(checkpoint.config, checkpoint.config_file):
         return BlockWeights(checkpoint.path)
+    if has_mxfp4_stacks(checkpoint.config, checkpoint.config_file):
+        return Mxfp4Stacks(checkpoint.path)
     scheme = packed_scheme(checkpoint.config, checkpoint.config_file)
     if scheme is not None:
         return PackedWeights(checkpoint.path, scheme)
