@@ -59,6 +59,7 @@ FAMILIES: dict[str, Callable[..., Model]] = {
 _TEXT_PREFIX = re.compile(r"(?:language_model\.model|model\.language_model|model)\.")
 _HEAD_PREFIX = "language_model.lm_head."
 # Parts of multimodal checkpoints that a text model has no use for.
+_VISION_PREFIX = re.compile(r"(?:model\.)?visual\.")
 _OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|visual)\.")
 
 
@@ -135,7 +136,7 @@ def _stored_schemes(model: Model, source: WeightSource, dtype_name: str) -> dict
     """Parameter name -> scheme, for matrices that are stored in a form of their own."""
     found = {}
     for tensor in source.names():
-        name, scheme = _canonical(tensor), source.scheme(tensor)
+        name, scheme = _canonical(tensor, model), source.scheme(tensor)
         placement = model.placement(name) if name and scheme not in ("", dtype_name) else None
         if placement is not None:
             found[placement.parameter] = scheme
@@ -246,7 +247,7 @@ def _assign(model: Model, source: WeightSource, checkpoint: Checkpoint) -> dict[
     tied = "lm_head.weight" not in shapes
     pieces: dict[str, list[_Piece]] = {}
     for tensor in source.names():
-        name = _canonical(tensor)
+        name = _canonical(tensor, model)
         if name is None or (tied and name == "lm_head.weight"):
             continue
         placement = model.placement(name)
@@ -273,8 +274,12 @@ def _place(piece: _Piece) -> tuple[int, ...]:
     return tuple(i if isinstance(i, int) else i.start for i in piece.placement.index)
 
 
-def _canonical(tensor: str) -> str | None:
-    """The name under "model." or "lm_head."; None for parts that a text model does not have."""
+def _canonical(tensor: str, model: Model) -> str | None:
+    """The name under "model.", "lm_head." or "vision."; None for parts that the model does not
+    have."""
+    tower = _VISION_PREFIX.match(tensor)
+    if tower and model.images() is not None:
+        return "vision." + tensor[tower.end() :]
     if _OTHER_PARTS.match(tensor) or tensor.endswith("rotary_emb.inv_freq"):
         return None
     if tensor.startswith(_HEAD_PREFIX):
