@@ -8,9 +8,17 @@ they pass only with a value that asks for nothing. Any other field is unknown an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 
 from ..common.errors import RequestError
 
@@ -64,9 +72,30 @@ class TextPart(Body):
     text: str
 
 
+class ImageUrl(Body):
+    url: str
+    detail: Literal["auto", "high"] | None = None  # an image is never made smaller than the model's
+
+
+class ImagePart(Body):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _kind(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return "ImagePart" if kind == "image_url" else "TextPart"
+
+
+ContentPart = Annotated[
+    Annotated[TextPart, Tag("TextPart")] | Annotated[ImagePart, Tag("ImagePart")],
+    Discriminator(_kind),
+]
+
+
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[ContentPart]
     name: str | None = None
 
 
@@ -192,9 +221,10 @@ def strip_neutral(
     return kept
 
 
-def strip_messages(messages: Any, platform: str, model: str) -> Any:
-    """Apply the field table to chat messages and refuse what no text model can read. Malformed
-    shapes are left for validation to name."""
+def strip_messages(messages: Any, platform: str, model: str, no_images: str) -> Any:
+    """Apply the field table to chat messages and refuse what the model cannot read; `no_images`
+    says why it reads no images, "" where it does. Malformed shapes are left for validation to
+    name."""
     if not isinstance(messages, list):
         return messages
     result: list[Any] = []
@@ -203,7 +233,7 @@ def strip_messages(messages: Any, platform: str, model: str) -> Any:
             result.append(message)
             continue
         where = f"messages[{index}]."
-        _refuse_parts(message.get("content"), where, model)
+        _refuse_parts(message.get("content"), where, model, no_images)
         if message.get("role") in ("tool", "function"):
             raise RequestError(
                 f"{where}role {message['role']!r} is not supported by Sixfold on the platform "
@@ -215,13 +245,16 @@ def strip_messages(messages: Any, platform: str, model: str) -> Any:
     return result
 
 
-def _refuse_parts(content: Any, where: str, model: str) -> None:
+def _refuse_parts(content: Any, where: str, model: str, no_images: str) -> None:
     for index, part in enumerate(content if isinstance(content, list) else ()):
         kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise RequestError(
-                f"The model {model!r} reads text only; {where}content[{index}] is of type "
-                f"{kind!r}. Send text parts.",
-                f"{where}content[{index}].type",
-                "unsupported_value",
-            )
+        if not isinstance(kind, str) or kind == "text" or (kind == "image_url" and not no_images):
+            continue
+        reads = "text only" if no_images else "text and images (image_url) only"
+        why = f" {no_images}" if kind == "image_url" else ""
+        raise RequestError(
+            f"The model {model!r} reads {reads} here; {where}content[{index}] is of type {kind!r}."
+            f"{why}",
+            f"{where}content[{index}].type",
+            "unsupported_value",
+        )

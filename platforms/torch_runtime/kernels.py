@@ -29,6 +29,7 @@ from .interleaved_rope import (
 from .latent_attention import latent_attention, merge_state
 from .recurrent import conv1d_update, gated_delta
 from .sampler import mix32, sample, signed
+from .segment_attention import segment_attention
 from .widened_linear import widened_linear
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ GENERIC: dict[str, Callable[..., Any]] = {
     "index_topk": index_topk,
     "compressed_attention": compressed_attention,
     "merge_state": merge_state,
+    "segment_attention": segment_attention,
     "kv_write": kv_write,
     "page_copy": page_copy,
     "page_gather": page_gather,
