@@ -34,8 +34,12 @@ class ImageReader:
         """`before`: tokens of the images before it. Raises RequestError or ApiError 400 that names
         `param`."""
         data = await self._bytes(url, param)
+        return await asyncio.to_thread(self.cut, data, param, before)
+
+    def cut(self, data: bytes, param: str, before: int) -> Patches:
+        """The same from a file's bytes."""
         try:
-            return await asyncio.to_thread(self._cut, data, before)
+            return self._cut(data, before)
         except RequestError as error:
             error.param = param
             raise
@@ -56,7 +60,7 @@ class ImageReader:
     async def _bytes(self, url: str, param: str) -> bytes:
         scheme = url.partition(":")[0].lower()
         if scheme == "data":
-            return await asyncio.to_thread(_data, url, param)
+            return await asyncio.to_thread(from_data_url, url, param)
         if scheme not in ("http", "https"):
             raise bad_request(
                 f"{param}: the URL of an image must begin with data:, not {url[:20]!r}.",
@@ -93,11 +97,11 @@ class ImageReader:
         return bytes(data)
 
 
-def _data(url: str, param: str) -> bytes:
+def from_data_url(url: str, param: str) -> bytes:
     """RFC 2397, base64 alone: percent-encoded binary is three times as long."""
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise bad_request(
+        raise RequestError(
             f"{param}: a data: URL must have the form data:image/png;base64,...",
             param,
             "invalid_image_url",
@@ -105,7 +109,7 @@ def _data(url: str, param: str) -> bytes:
     try:
         return base64.b64decode(unquote_to_bytes(body), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise bad_request(
+        raise RequestError(
             f"{param}: the data: URL is not valid base64 ({error}).", param, "invalid_image_url"
         ) from None
 
@@ -114,18 +118,29 @@ def _unfetched(param: str, why: str) -> ApiError:
     return bad_request(f"{param}: the image could not be fetched: {why}.", param, "invalid_image")
 
 
+@dataclass(frozen=True, slots=True)
+class NoImages:
+    """A server, or an LLM, that takes none."""
+
+    reason: str
+
+
 def open_reader(
     checkpoint: Checkpoint, ready: Ready, max_bytes: int, fetch: bool
-) -> ImageReader | None:
-    """None when the engine takes no images. Raises CheckpointError when the checkpoint prepares
-    them otherwise than its model reads them."""
+) -> ImageReader | NoImages:
+    """A checkpoint that does not say how images are prepared, or says it otherwise than its model
+    reads them, serves text: every image is refused with the reason."""
     taken = ready.images
     if taken is None:
-        return None
-    settings = read_image_settings(checkpoint.path)
+        said = ready.features.get("images", ["", "The platform takes no images."])
+        return NoImages(said[1])
+    try:
+        settings = read_image_settings(checkpoint.path)
+    except CheckpointError as error:
+        return NoImages(str(error))
     values = 3 * settings.frames * settings.patch**2
     if (settings.merge, values) != (taken.merge, taken.patch_values):
-        raise CheckpointError(
+        return NoImages(
             f"{checkpoint.path}: images are prepared in patches of {values} numbers, merged "
             f"{settings.merge} x {settings.merge}; the model reads patches of "
             f"{taken.patch_values}, merged {taken.merge} x {taken.merge}."

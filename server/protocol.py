@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from ..common.errors import RequestError
+from .images import ImageReader, NoImages
 
 ACCEPTED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Labels for the caller's own use: they ask for no behaviour."""
@@ -221,10 +222,9 @@ def strip_neutral(
     return kept
 
 
-def strip_messages(messages: Any, platform: str, model: str, no_images: str) -> Any:
-    """Apply the field table to chat messages and refuse what the model cannot read; `no_images`
-    says why it reads no images, "" where it does. Malformed shapes are left for validation to
-    name."""
+def strip_messages(messages: Any, platform: str, model: str, images: ImageReader | NoImages) -> Any:
+    """Apply the field table to chat messages and refuse what the model cannot read. Malformed
+    shapes are left for validation to name."""
     if not isinstance(messages, list):
         return messages
     result: list[Any] = []
@@ -233,7 +233,7 @@ def strip_messages(messages: Any, platform: str, model: str, no_images: str) -> 
             result.append(message)
             continue
         where = f"messages[{index}]."
-        _refuse_parts(message.get("content"), where, model, no_images)
+        _refuse_parts(message.get("content"), where, model, images)
         if message.get("role") in ("tool", "function"):
             raise RequestError(
                 f"{where}role {message['role']!r} is not supported by Sixfold on the platform "
@@ -245,13 +245,14 @@ def strip_messages(messages: Any, platform: str, model: str, no_images: str) -> 
     return result
 
 
-def _refuse_parts(content: Any, where: str, model: str, no_images: str) -> None:
+def _refuse_parts(content: Any, where: str, model: str, images: ImageReader | NoImages) -> None:
+    blind = isinstance(images, NoImages)
     for index, part in enumerate(content if isinstance(content, list) else ()):
         kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str) or kind == "text" or (kind == "image_url" and not no_images):
+        if not isinstance(kind, str) or kind == "text" or (kind == "image_url" and not blind):
             continue
-        reads = "text only" if no_images else "text and images (image_url) only"
-        why = f" {no_images}" if kind == "image_url" else ""
+        reads = "text only" if blind else "text and images (image_url) only"
+        why = f" {images.reason}" if isinstance(images, NoImages) and kind == "image_url" else ""
         raise RequestError(
             f"The model {model!r} reads {reads} here; {where}content[{index}] is of type {kind!r}."
             f"{why}",

@@ -22,7 +22,7 @@ from ..common.messages import Loading, Ready
 from .app import create_app
 from .early_engine import EarlyEngine
 from .engine_client import EngineClient
-from .images import ImageReader, open_reader
+from .images import ImageReader, NoImages, open_reader
 from .launch import Located, locate, served_name
 from .listener import HttpProtocol, address_of
 from .service import HttpOptions, Loaded, Phase, Service
@@ -186,10 +186,13 @@ class Server:
         name = self._options.served_name or served_name(self._options.engine.model, checkpoint)
         return tokenizer, name
 
-    def _images(self, located: Located, ready: Ready) -> ImageReader | None:
+    def _images(self, located: Located, ready: Ready) -> ImageReader | NoImages:
         http = self._options.http
         checkpoint = open_checkpoint(located.path)
-        return open_reader(checkpoint, ready, http.max_body_bytes, http.fetch_images)
+        found = open_reader(checkpoint, ready, http.max_body_bytes, http.fetch_images)
+        if isinstance(found, NoImages) and ready.images is not None:
+            log.warning("images are refused: %s", found.reason)
+        return found
 
     def _loading(self, message: Loading) -> None:
         self.service.loading = message

@@ -14,7 +14,7 @@ from ..common.messages import ErrorBody, Loading, Ready
 from ..common.sampling import SamplingParams
 from .engine_client import EngineClient
 from .errors import ApiError, bad_request, engine_gone, unavailable
-from .images import ImageReader
+from .images import ImageReader, NoImages
 from .metrics import Metrics
 
 LONG_TEXT = 16_384
@@ -43,14 +43,7 @@ class Loaded:
     ready: Ready
     tokenizer: Tokenizer
     created: int  # unix seconds
-    images: ImageReader | None = None
-
-    @property
-    def no_images(self) -> str:
-        """Why a request must not hold images; "" where it may."""
-        if self.images is not None:
-            return ""
-        return self.ready.features.get("images", ["", "The platform takes no images."])[1]
+    images: ImageReader | NoImages
 
 
 @dataclass(slots=True)

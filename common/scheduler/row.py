@@ -71,9 +71,7 @@ class Row:
         self.limit = limit  # prompt and output tokens at which it ends with "length"
         self.computed = 0
         self.in_flight = 0
-        self.reached = (
-            0  # positions that have been computed once; more after a preemption are again
-        )
+        self.reached = 0  # positions computed once; after a preemption they are computed again
         self.cached = 0  # prompt tokens served from the prefix tree
         self.decoding = False
         self.done = False

@@ -14,7 +14,7 @@ from ...common.text.logprobs import TokenEntry, chat_logprobs
 from ...common.text.output import TextDelta
 from ..errors import bad_request
 from ..generation import Choice, Prompt, Run, sampling
-from ..images import ImageReader, place
+from ..images import ImageReader, NoImages, place
 from ..protocol import (
     ACCEPTED,
     REFUSED_CHAT,
@@ -82,7 +82,7 @@ async def chat_completions(request: Request) -> Response:
     fields = strip_neutral(fields, REFUSED_CHAT, ACCEPTED, platform)
     if "messages" in fields:
         fields["messages"] = strip_messages(
-            fields["messages"], platform, service.model, loaded.no_images
+            fields["messages"], platform, service.model, loaded.images
         )
     body = checked(ChatRequest, fields)
     service.check_model(body.model)
@@ -104,12 +104,12 @@ async def chat_prompt(loaded: Loaded, body: Conversation, special: bool) -> Prom
     """The rendered conversation in tokens, its images in their places. Raises RequestError."""
     messages: list[ChatMessage] = body.messages
     reader = loaded.images
-    patches = [] if reader is None else await _read(reader, messages)
+    patches = [] if isinstance(reader, NoImages) else await _read(reader, messages)
     text = render_chat(
         loaded.tokenizer, messages, body.add_generation_prompt, body.chat_template_kwargs
     )
     ids = await encode(loaded.tokenizer, text, "messages", special)
-    if reader is None:
+    if isinstance(reader, NoImages):
         return Prompt(ids, "messages")
     ids, images = await asyncio.to_thread(place, ids, patches, reader.taken)
     return Prompt(ids, "messages", images=images)

@@ -22,7 +22,7 @@ async def tokenize(request: Request) -> Response:
     if "messages" in fields:
         platform = loaded.ready.platform
         fields["messages"] = strip_messages(
-            fields["messages"], platform, service.model, loaded.no_images
+            fields["messages"], platform, service.model, loaded.images
         )
     body = checked(TokenizeRequest, fields)
     service.check_model(body.model)

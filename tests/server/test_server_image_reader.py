@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from seeing_checkpoint import IMAGES, data_url, file_of, picture
 
-from sixfold.common.errors import CheckpointError, RequestError
+from sixfold.common.errors import RequestError
 from sixfold.common.images.patches import cut
 from sixfold.common.images.settings import read_image_settings
 from sixfold.platforms.interface import ImageInput
 from sixfold.server.errors import ApiError
-from sixfold.server.images import ImageReader, open_reader, place
+from sixfold.server.images import ImageReader, NoImages, open_reader, place
 
 TAKEN = ImageInput(token_id=9, merge=2, patch_values=3 * 2 * 16 * 16)
 FILE = file_of(picture(0, 64, 64))
@@ -115,27 +115,32 @@ def test_an_image_of_too_many_tokens_is_refused_before_it_is_cut(
 # ---- start
 
 
-def opened(folder: Path, taken: ImageInput | None) -> ImageReader | None:
+def opened(folder: Path, taken: ImageInput | None, **features: list[str]) -> ImageReader | NoImages:
     checkpoint: Any = SimpleNamespace(path=folder)
-    ready: Any = SimpleNamespace(images=taken, max_context=512)
+    ready: Any = SimpleNamespace(images=taken, max_context=512, features=features)
     return open_reader(checkpoint, ready, 1000, False)
 
 
-def test_a_text_model_needs_no_image_settings(tmp_path: Path) -> None:
-    assert opened(tmp_path, None) is None
+def reason(found: ImageReader | NoImages) -> str:
+    assert isinstance(found, NoImages)
+    return found.reason
 
 
-def test_a_model_that_sees_needs_them(tmp_path: Path, folder: Path) -> None:
-    assert opened(folder, TAKEN) is not None
+def test_a_text_model_gives_the_platforms_reason(folder: Path) -> None:
+    said = ["unsupported", "It reads text."]
+    assert reason(opened(folder, None, images=said)) == "It reads text."
+    assert "platform" in reason(opened(folder, None))
+
+
+def test_a_model_that_sees_without_settings_refuses_images_and_says_why(folder: Path) -> None:
+    assert isinstance(opened(folder, TAKEN), ImageReader)
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
-        opened(folder, TAKEN)
+    assert "preprocessor_config.json" in reason(opened(folder, TAKEN))
 
 
 @pytest.mark.parametrize("wrong", [{"merge": 4}, {"patch_values": 3 * 14 * 14}], ids=str)
-def test_patches_of_another_size_stop_the_start(folder: Path, wrong: dict[str, int]) -> None:
-    with pytest.raises(CheckpointError, match="patches"):
-        opened(folder, replace(TAKEN, **wrong))
+def test_patches_of_another_size_are_refused(folder: Path, wrong: dict[str, int]) -> None:
+    assert "patches of 1536" in reason(opened(folder, replace(TAKEN, **wrong)))
 
 
 # ---- placeholders

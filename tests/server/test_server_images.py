@@ -16,8 +16,12 @@ from PIL import Image
 from seeing_checkpoint import PAD, data_url, file_of, picture, write_seeing
 from serving import Launcher, Running
 
+from sixfold import LLM, SamplingParams
+from sixfold.common.errors import RequestError
 from sixfold.common.images.patches import Patches, cut, open_picture
 from sixfold.common.images.settings import read_image_settings
+from sixfold.server.images import NoImages
+from sixfold.server.llm_images import take_images
 
 STEPS = 5
 
@@ -194,3 +198,48 @@ def test_a_text_must_not_spell_the_placeholder(served: Running, message: Any) ->
     with pytest.raises(openai.BadRequestError) as caught:
         ask(served, message)
     assert (caught.value.param, caught.value.code) == ("messages", "image_placeholders")
+
+
+# ---- offline
+
+
+@pytest.fixture(scope="module")
+def llm(seeing: tuple[Path, Any]) -> Iterator[LLM]:
+    sizes = {"max_context": 512, "cache_tokens": 2048, "page_size": 16, "max_rows": 4}
+    with LLM(str(seeing[0]), platform="cpu", threads=1, **sizes) as llm:
+        yield llm
+
+
+def test_offline_answers_are_those_over_http(llm: LLM, served: Running, tmp_path: Path) -> None:
+    data = file_of(picture(8, 96, 64))
+    (tmp_path / "x.png").write_bytes(data)
+    params = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True)
+    http = ask(served, user("look", part(data_url(data)))).choices[0].message.content
+    forms = [
+        {"type": "image", "image": data},
+        {"type": "image", "image": tmp_path / "x.png"},
+        part(data_url(data)),
+    ]
+    talks = [user("look", form) for form in forms]
+    answers = llm.chat(talks, params, progress=False)
+    assert [answer.text for answer in answers] == [http] * 3
+    assert llm.chat_prompt(talks[0]) == tokens_of(served, user("look", part(data_url(data))))
+
+
+@pytest.mark.parametrize(
+    ("image", "word"),
+    [("nowhere.png", "cannot be read"), (7, "path or bytes"), (b"x", "formats"), (None, "path")],
+    ids=["missing", "number", "no_picture", "none"],
+)
+def test_an_image_that_cannot_be_read_offline_is_named(llm: LLM, image: Any, word: str) -> None:
+    with pytest.raises(RequestError, match=word) as caught:
+        llm.chat(user("look", {"type": "image", "image": image}), progress=False)
+    assert caught.value.param == "messages[0].content[1]"
+
+
+def test_a_text_model_offline_takes_no_image() -> None:
+    talk = user({"type": "image", "image": b""})
+    with pytest.raises(RequestError, match=r"content\[0\] is an image.*because"):
+        take_images(talk, NoImages("because"))
+    plain = [{"role": "user", "content": "x"}]
+    assert take_images(plain, NoImages("because")) == (plain, [])
