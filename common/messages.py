@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from ..platforms.interface import ImageInput
 from .sampling import SamplingParams
 
 
@@ -16,11 +17,21 @@ class Message(msgspec.Struct, kw_only=True, tag=True):
 # ---- front end -> engine
 
 
+class Image(msgspec.Struct, frozen=True):
+    """An image of a prompt, cut into patches (`common/images/patches.py`)."""
+
+    start: int  # place of its first placeholder token in the prompt
+    grid: tuple[int, int, int]  # patches: frames, down, across
+    patches: bytes  # float32, frames * down * across rows
+    digest: bytes  # of patches and grid: 32 bytes
+
+
 class AddRequest(Message):
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams
     priority: int = 0  # larger runs first
+    images: list[Image] = []  # in order of the prompt
 
 
 class Abort(Message):
@@ -121,6 +132,7 @@ class Ready(Message):
     groups: dict[str, dict[str, Any]]
     weight_bytes: int
     cache_bytes: int
+    images: ImageInput | None = None
 
 
 class Failed(Message):

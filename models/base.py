@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from ..common.images.patches import Grid
+from ..platforms.interface import ImageInput
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kv import CacheNeed, KVKind
 
@@ -84,6 +86,17 @@ class Model(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, hidden) -> (N, vocab) float32. Called only for positions whose logits are wanted."""
         raise NotImplementedError
+
+    def images(self) -> ImageInput | None:
+        """How the model takes images; None: it reads text only. One that takes images has its
+        vision tower as the module `vision` and implements `image_rows`; its `forward` takes
+        `images=ImageRows` (models/vision.py) and then positions (3, T) too."""
+        return None
+
+    def image_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """patches (N, patch_values) float32 of all images, one after the other -> the rows
+        (tokens of all images, hidden) that take the place of embeddings."""
+        raise NotImplementedError(f"{type(self).__name__} reads text only.")
 
     def placement(self, name: str) -> Placement | None:
         """The place of the checkpoint tensor `name` (canonical: "model.layers.0…", "lm_head…").

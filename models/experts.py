@@ -58,10 +58,10 @@ class ExpertStack(Layer):
 class Experts(nn.Module):
     """The experts of one layer, stacked: gate rows above up rows."""
 
-    def __init__(self, experts: int, inner: int, width: int, build: Build) -> None:
+    def __init__(self, experts: int, inner: int, width: int, build: Build, op: str = "moe") -> None:
         super().__init__()
-        self.gate_up_proj = ExpertStack(experts, 2, inner, width, build)
-        self.down_proj = ExpertStack(experts, 1, width, inner, build)
+        self.gate_up_proj = ExpertStack(experts, 2, inner, width, build, op)
+        self.down_proj = ExpertStack(experts, 1, width, inner, build, op)
 
 
 def expert_placement(name: str, inner: int) -> Placement:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -96,11 +96,27 @@ class LlamaAttention(Layer):
         )
 
 
+class TrunkArgs(Protocol):
+    """What blocks and trunks of this shape read, of any family."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def eps(self) -> float: ...
+
+    @property
+    def tied(self) -> bool: ...
+
+
 class LlamaBlock(nn.Module):
     """One layer. The residual stream and the last branch travel apart, so that each addition and
     the norm after it are one op."""
 
-    def __init__(self, attention: nn.Module, mlp: nn.Module, args: LlamaArgs, build: Build) -> None:
+    def __init__(self, attention: nn.Module, mlp: nn.Module, args: TrunkArgs, build: Build) -> None:
         super().__init__()
         self.self_attn = attention
         self.mlp = mlp
@@ -118,7 +134,7 @@ class LlamaBlock(nn.Module):
 class LlamaTrunk(nn.Module):
     """The part that checkpoints call `model`."""
 
-    def __init__(self, blocks: Iterable[nn.Module], args: LlamaArgs, build: Build) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], args: TrunkArgs, build: Build) -> None:
         super().__init__()
         self.embed_tokens = Embedding(args.vocabulary, args.width, build, args.tied)
         self.layers = nn.ModuleList(blocks)

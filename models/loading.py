@@ -12,18 +12,25 @@ from torch import Tensor, nn
 
 from ..common.checkpoint.block_floats import StoredMatrix
 from ..common.checkpoint.checkpoint import Checkpoint
-from ..common.checkpoint.quantization_config import has_block_scales, packed_scheme
+from ..common.checkpoint.quantization_config import (
+    has_block_scales,
+    has_mxfp4_stacks,
+    packed_scheme,
+)
 from ..common.errors import CheckpointError
 from ..platforms.interface import LoadProgress
 from ..platforms.interface_kernels import KernelTable, Problem
 from .base import Model, Placement
 from .block_weights import BlockWeights
+from .deepseek_v3 import DeepseekV3Model
 from .deepseek_v4 import DeepseekV4Model
 from .gemma3 import Gemma3Model
 from .gguf_weights import GGUFWeights
+from .gpt_oss import GptOssModel
 from .layers import Build, Layer, Norm
 from .llama import LlamaModel
 from .matrix_cache import VERSION, MatrixCache, Parts, files_of, fingerprint, folder_for
+from .mxfp4_stacks import Mxfp4Stacks
 from .packed_weights import PackedWeights
 from .quantization import FLOATS, assign_schemes
 from .qwen2 import Qwen2Model
@@ -43,6 +50,8 @@ FAMILIES: dict[str, Callable[..., Model]] = {
     "qwen3_5_text": Qwen35Model,
     "qwen3_5_moe_text": Qwen35MoeModel,
     "gemma3_text": Gemma3Model,
+    "gpt_oss": GptOssModel,
+    "deepseek_v3": DeepseekV3Model,
     "deepseek_v4": DeepseekV4Model,
 }
 """Model type -> class, called with (fields, build)."""
@@ -50,6 +59,7 @@ FAMILIES: dict[str, Callable[..., Model]] = {
 _TEXT_PREFIX = re.compile(r"(?:language_model\.model|model\.language_model|model)\.")
 _HEAD_PREFIX = "language_model.lm_head."
 # Parts of multimodal checkpoints that a text model has no use for.
+_VISION_PREFIX = re.compile(r"(?:model\.)?visual\.")
 _OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|visual)\.")
 
 
@@ -114,6 +124,8 @@ def open_weights(checkpoint: Checkpoint) -> WeightSource:
         return GGUFWeights(checkpoint.path)
     if has_block_scales(checkpoint.config, checkpoint.config_file):
         return BlockWeights(checkpoint.path)
+    if has_mxfp4_stacks(checkpoint.config, checkpoint.config_file):
+        return Mxfp4Stacks(checkpoint.path)
     scheme = packed_scheme(checkpoint.config, checkpoint.config_file)
     if scheme is not None:
         return PackedWeights(checkpoint.path, scheme)
@@ -124,7 +136,7 @@ def _stored_schemes(model: Model, source: WeightSource, dtype_name: str) -> dict
     """Parameter name -> scheme, for matrices that are stored in a form of their own."""
     found = {}
     for tensor in source.names():
-        name, scheme = _canonical(tensor), source.scheme(tensor)
+        name, scheme = _canonical(tensor, model), source.scheme(tensor)
         placement = model.placement(name) if name and scheme not in ("", dtype_name) else None
         if placement is not None:
             found[placement.parameter] = scheme
@@ -235,7 +247,7 @@ def _assign(model: Model, source: WeightSource, checkpoint: Checkpoint) -> dict[
     tied = "lm_head.weight" not in shapes
     pieces: dict[str, list[_Piece]] = {}
     for tensor in source.names():
-        name = _canonical(tensor)
+        name = _canonical(tensor, model)
         if name is None or (tied and name == "lm_head.weight"):
             continue
         placement = model.placement(name)
@@ -262,8 +274,12 @@ def _place(piece: _Piece) -> tuple[int, ...]:
     return tuple(i if isinstance(i, int) else i.start for i in piece.placement.index)
 
 
-def _canonical(tensor: str) -> str | None:
-    """The name under "model." or "lm_head."; None for parts that a text model does not have."""
+def _canonical(tensor: str, model: Model) -> str | None:
+    """The name under "model.", "lm_head." or "vision."; None for parts that the model does not
+    have."""
+    tower = _VISION_PREFIX.match(tensor)
+    if tower and model.images() is not None:
+        return "vision." + tensor[tower.end() :]
     if _OTHER_PARTS.match(tensor) or tensor.endswith("rotary_emb.inv_freq"):
         return None
     if tensor.startswith(_HEAD_PREFIX):

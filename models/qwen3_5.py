@@ -1,4 +1,5 @@
-"""Qwen3.5 (dense, text): three layers of the gated delta rule for one of gated attention.
+"""Qwen3.5 (dense): three layers of the gated delta rule for one of gated attention; where the
+checkpoint has a vision tower, rows of images among the embeddings.
 
 Norms are zero-centred (they multiply by 1 + w) but for the one inside the recurrent mixer.
 """
@@ -13,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checkpoint.fields import Fields
+from ..common.images.patches import Grid
+from ..platforms.interface import ImageInput
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
 from ..platforms.interface_kv import CacheNeed, KVKind, StateArray
 from .base import Attend, Model, Placement, Step, attention_need
 from .layers import Build, Embedding, GatedMLP, HeadNorm, Layer, Linear, Norm
 from .llama import Rotary, common_args
-from .rope import Rope, rope_settings
+from .qwen3_5_vision import Qwen35Vision, vision_fields
+from .rope import MultiAxisRope, rope_settings
+from .vision import ImageRows
 
 LINEAR, FULL = "linear_attention", "full_attention"
 _ONE = 1.0
@@ -237,7 +242,10 @@ class Qwen35Model(Model):
         )
         self.model = Qwen35Trunk(blocks, args, build)
         self.lm_head = None if args.tied else Linear(args.width, args.vocabulary, build)
-        self.rope = Rope(args.rope, args.head_dim, build)
+        self.rope = MultiAxisRope(args.rope, args.head_dim, build)
+        seen = vision_fields(fields)
+        self.vision = None if seen is None else Qwen35Vision(seen, build)
+        self.image_token = 0 if seen is None else fields.positive("image_token_id")
 
     def make_mlp(self, args: Qwen35Args, build: Build) -> nn.Module:
         return GatedMLP(args.width, args.inner, build)
@@ -248,8 +256,23 @@ class Qwen35Model(Model):
     def attention_specs(self) -> Sequence[AttentionSpec | None]:
         return [m.spec if isinstance(m, GatedAttention) else None for m in self._mixers]
 
-    def forward(self, token_ids: Tensor, positions: Tensor, step: Step) -> Tensor:
+    def images(self) -> ImageInput | None:
+        if self.vision is None:
+            return None
+        return ImageInput(self.image_token, self.vision.merge, self.vision.patch_values)
+
+    def image_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        if self.vision is None:
+            return super().image_rows(patches, grids)
+        rows: Tensor = self.vision(patches, grids)
+        return rows
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, step: Step, images: ImageRows | None = None
+    ) -> Tensor:
         x, residual = self.model.embed_tokens(token_ids), None
+        if images is not None:
+            x = images.placed(x)
         rotary = self.rope(positions)
         for block in self.model.layers:
             x, residual = block(x, residual, rotary, step)

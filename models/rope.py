@@ -42,6 +42,43 @@ class Rope(Layer):
         yield self.build.problem("rope_angles", half=self.rotary_dim // 2)
 
 
+class MultiAxisRope(Rope):
+    """For positions (T,) as Rope; for (3, T), of time, height and width, each frequency turns with
+    one of the three (multimodal rotary embedding, Wang et al. 2024, section 2.1; interleaved as in
+    Qwen3-VL, 2025). Equal positions on all axes give the angles of Rope."""
+
+    axes: Tensor
+
+    def __init__(self, settings: Fields, head_dim: int, build: Build) -> None:
+        super().__init__(settings, head_dim, build)
+        self.register_buffer("axes", _axes(settings, self.rotary_dim // 2), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if positions.dim() == 1:
+            return super().forward(positions)
+        tokens = positions.shape[1]
+        chosen = self.axes.expand(1, tokens, -1)
+        cos, sin = (
+            angles.view(3, tokens, -1).gather(0, chosen)[0]
+            for angles in super().forward(positions.reshape(-1))
+        )
+        return cos, sin
+
+
+def _axes(settings: Fields, half: int) -> Tensor:
+    """(half,) int64: 0 time, 1 height, 2 width. Every third frequency is of height and every third
+    of width, up to the number that the sections give them; the others are of time."""
+    sections = settings.optional("mrope_section") or (11, 11, 10)
+    if len(sections) != 3 or not all(isinstance(size, int) for size in sections):
+        raise settings.unsupported("mrope_section", "three integers: time, height, width")
+    if not settings.flag("mrope_interleaved", True):
+        raise settings.unsupported("mrope_interleaved", "true, as in Qwen3.5")
+    axes = torch.zeros(half, dtype=torch.int64, device="cpu")
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes
+
+
 def rope_settings(fields: Fields, layer_type: str | None = None) -> Fields:
     """The rope parameters of a layer type, from any of the forms in use: rope_theta and
     rope_scaling at the top level, rope_parameters, or rope_parameters by layer type."""

@@ -137,6 +137,17 @@ class EngineSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageInput:
+    """How a loaded model takes images: each is a run of `token_id` in the prompt, one per block of
+    merge x merge patches. Patches are rows of `patch_values` float32, as `common/images` cuts them.
+    Rotary positions of such a prompt are those of `common/images/positions.py`."""
+
+    token_id: int
+    merge: int
+    patch_values: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExecutorInfo:
     """What the engine must know of a loaded model."""
 
@@ -155,6 +166,7 @@ class ExecutorInfo:
     features: Mapping[str, Support]  # "logprobs", "prompt_logprobs", "logit_bias", "grammar", ...
     decisions: tuple[Decision, ...]
     max_logprobs: int = 20
+    images: ImageInput | None = None  # None: the model, or the platform, takes no images
 
 
 class Executor(Protocol):

@@ -36,6 +36,19 @@ class PageCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class StepImage:
+    """A run of an image's rows: row `first` and on replace the embeddings of `count` tokens of the
+    step, from `token` on. An image may be cut over steps; each of them brings it whole."""
+
+    key: int  # of the image: equal pixels have equal keys, others never
+    grid: tuple[int, int, int]  # patches: frames, down, across
+    patches: F32  # (frames * down * across, values of a patch), see `ImageInput`
+    first: int
+    token: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingArrays:
     """Sampling parameters of the R rows of a step, as arrays of length R unless stated.
 
@@ -100,6 +113,12 @@ class StepBatch:
     # (T, W) bool, W the most new tokens of a row: which of its row's new tokens a new token sees,
     # itself always, later ones never; None = all up to itself. Context is seen in any case.
     tree_mask: NDArray[np.bool_] | None = None
+    images: tuple[StepImage, ...] = ()
+    # Keys of images that no row of a later step is known to need: what is kept of them may go.
+    images_done: tuple[int, ...] = ()
+    # (3, T) rotary positions (time, height, width) where a row of the step has images; None: a
+    # token's position is its place in its row. Caches go by the place in any case.
+    rotary: I32 | None = None
 
     @property
     def rows(self) -> int:

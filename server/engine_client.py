@@ -37,6 +37,7 @@ class Wanted:
     prompt_ids: list[int]
     params: SamplingParams
     priority: int = 0
+    images: Sequence[m.Image] = ()
 
 
 class Generation:
@@ -141,6 +142,7 @@ class EngineClient:
                 prompt_ids=one.prompt_ids,
                 params=one.params,
                 priority=one.priority,
+                images=list(one.images),
             )
             for one in wanted
         ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ..common.messages import Output, TokenLogprobs
+from ..common.messages import Image, Output, TokenLogprobs
 from ..common.sampling import SamplingParams
 from ..common.text.output import OutputText, TextDelta
 from .engine_client import Wanted
@@ -43,6 +43,7 @@ class Prompt:
     ids: list[int]
     param: str
     text: str = ""  # for an echo
+    images: Sequence[Image] = ()
 
 
 @dataclass(slots=True)
@@ -94,7 +95,12 @@ class Run:
         seeds = [nth_seed(params.seed, i) for i in range(n)]
         variants = [msgspec.structs.replace(params, seed=seed) for seed in seeds]
         self._generation = loaded.client.submit(
-            Wanted(choice.prompt.ids, variants[choice.index % n], body.priority or 0)
+            Wanted(
+                choice.prompt.ids,
+                variants[choice.index % n],
+                body.priority or 0,
+                choice.prompt.images,
+            )
             for choice in self.choices
         )
 

@@ -163,4 +163,5 @@ def _ready(platform: str, config: EngineConfig, info: ExecutorInfo, log: Decisio
         groups=groups,
         weight_bytes=info.weight_bytes,
         cache_bytes=info.cache_bytes,
+        images=info.images,
     )

@@ -17,10 +17,12 @@ from ..common.checkpoint.checkpoint import open_checkpoint
 from ..common.checkpoint.tokenizer import load_tokenizer
 from ..common.config import EngineConfig
 from ..common.errors import ConfigError, RequestError, SixfoldError
-from ..common.messages import AddRequest, Output, TokenLogprobs
+from ..common.messages import AddRequest, Image, Output, TokenLogprobs
 from ..common.sampling import SamplingParams
 from ..common.text.output import OutputText, TextDelta
+from .images import NoImages, open_reader, place
 from .launch import build, locate
+from .llm_images import take_images
 from .seeds import random_seed
 
 Prompt = str | Sequence[int]
@@ -47,6 +49,7 @@ class _Job:
     params: SamplingParams
     text: OutputText
     result: Completion
+    images: Sequence[Image] = ()
 
 
 class LLM:
@@ -71,7 +74,9 @@ class LLM:
         self._closed = False
         self._numbers = itertools.count()
         self.decisions = launched.decisions
-        self.tokenizer = load_tokenizer(open_checkpoint(located.path))
+        checkpoint = open_checkpoint(located.path)
+        self.tokenizer = load_tokenizer(checkpoint)
+        self._reader = open_reader(checkpoint, launched.ready, max_bytes=0, fetch=False)
         if chat_template is not None:
             self.tokenizer.use_chat_template(chat_template)
 
@@ -90,13 +95,21 @@ class LLM:
         """Complete every prompt (texts or token ids), batched by the engine; results in the order
         of the prompts. `params`: one for all, one each, or None for the defaults with a random
         seed. Raises RequestError."""
-        many = _as_list(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params] * len(many)
-        if len(each) != len(many):
-            raise ConfigError(f"There are {len(many)} prompts but {len(each)} params.")
+        return self._complete([(p, ()) for p in _as_list(prompts)], params, stop, progress)
+
+    def _complete(
+        self,
+        prompts: Sequence[tuple[Prompt, Sequence[Image]]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        stop: Sequence[str],
+        progress: bool,
+    ) -> list[Completion]:
+        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ConfigError(f"There are {len(prompts)} prompts but {len(each)} params.")
         jobs = [
-            self._job(prompt, one or SamplingParams(seed=random_seed()), stop)
-            for prompt, one in zip(many, each, strict=True)
+            self._job(prompt, one or SamplingParams(seed=random_seed()), stop, images)
+            for (prompt, images), one in zip(prompts, each, strict=True)
         ]
         with _Bar(len(jobs)) if progress else nullcontext() as bar:
             for _, delta in self._deltas(jobs):
@@ -112,11 +125,12 @@ class LLM:
         progress: bool = True,
         **template_variables: Any,
     ) -> list[Completion]:
-        """Answer one conversation or several. Raises RequestError."""
+        """Answer one conversation or several; a content may be a list of parts, as over HTTP, with
+        images as {"type": "image", "image": path or bytes} too. Raises RequestError."""
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Any = messages if several else [messages]
-        prompts = [self.chat_prompt(each, **template_variables) for each in conversations]
-        return self.generate(prompts, params, stop, progress)
+        prompts = [self._conversation(each, template_variables) for each in conversations]
+        return self._complete(prompts, params, stop, progress)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, stop: Sequence[str] = ()
@@ -128,9 +142,18 @@ class LLM:
                 yield delta.text
 
     def chat_prompt(self, messages: Sequence[Message], **variables: Any) -> list[int]:
-        """A conversation in the model's own template, as token ids."""
-        text = self.tokenizer.apply_chat_template(list(messages), True, **variables)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """A conversation in the model's own template, as token ids; a placeholder for each token
+        of an image."""
+        return list(self._conversation(messages, variables)[0])
+
+    def _conversation(
+        self, messages: Sequence[Message], variables: Mapping[str, Any]
+    ) -> tuple[list[int], Sequence[Image]]:
+        rendered, patches = take_images(messages, self._reader)
+        text = self.tokenizer.apply_chat_template(rendered, True, **variables)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        reader = self._reader
+        return (ids, ()) if isinstance(reader, NoImages) else place(ids, patches, reader.taken)
 
     def close(self) -> None:
         """Release the device. Idempotent."""
@@ -144,13 +167,19 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _job(self, prompt: Prompt, params: SamplingParams, stop: Sequence[str]) -> _Job:
+    def _job(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        stop: Sequence[str],
+        images: Sequence[Image] = (),
+    ) -> _Job:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         params.validate(self._ready.vocab_size, self._ready.max_logprobs)
         stops = [stop] if isinstance(stop, str) else list(stop)
         text = OutputText(self.tokenizer.stream(), stops, min_tokens=params.min_tokens)
         logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
-        return _Job(ids, params, text, Completion(ids, logprobs=logprobs))
+        return _Job(ids, params, text, Completion(ids, logprobs=logprobs), images)
 
     def _deltas(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, TextDelta]]:
         """Run all jobs, never more at a time than the queue takes."""
@@ -163,7 +192,10 @@ class LLM:
                 for job in itertools.islice(waiting, self._ready.max_queue - len(running)):
                     request_id = str(next(self._numbers))
                     request = AddRequest(
-                        request_id=request_id, prompt_ids=job.prompt, params=job.params
+                        request_id=request_id,
+                        prompt_ids=job.prompt,
+                        params=job.params,
+                        images=list(job.images),
                     )
                     self._engine.add(request)
                     running[request_id] = job

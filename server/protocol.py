@@ -8,11 +8,20 @@ they pass only with a value that asks for nothing. Any other field is unknown an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 
 from ..common.errors import RequestError
+from .images import ImageReader, NoImages
 
 ACCEPTED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Labels for the caller's own use: they ask for no behaviour."""
@@ -64,9 +73,30 @@ class TextPart(Body):
     text: str
 
 
+class ImageUrl(Body):
+    url: str
+    detail: Literal["auto", "high"] | None = None  # an image is never made smaller than the model's
+
+
+class ImagePart(Body):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _kind(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return "ImagePart" if kind == "image_url" else "TextPart"
+
+
+ContentPart = Annotated[
+    Annotated[TextPart, Tag("TextPart")] | Annotated[ImagePart, Tag("ImagePart")],
+    Discriminator(_kind),
+]
+
+
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[ContentPart]
     name: str | None = None
 
 
@@ -192,8 +222,8 @@ def strip_neutral(
     return kept
 
 
-def strip_messages(messages: Any, platform: str, model: str) -> Any:
-    """Apply the field table to chat messages and refuse what no text model can read. Malformed
+def strip_messages(messages: Any, platform: str, model: str, images: ImageReader | NoImages) -> Any:
+    """Apply the field table to chat messages and refuse what the model cannot read. Malformed
     shapes are left for validation to name."""
     if not isinstance(messages, list):
         return messages
@@ -203,7 +233,7 @@ def strip_messages(messages: Any, platform: str, model: str) -> Any:
             result.append(message)
             continue
         where = f"messages[{index}]."
-        _refuse_parts(message.get("content"), where, model)
+        _refuse_parts(message.get("content"), where, model, images)
         if message.get("role") in ("tool", "function"):
             raise RequestError(
                 f"{where}role {message['role']!r} is not supported by Sixfold on the platform "
@@ -215,13 +245,17 @@ def strip_messages(messages: Any, platform: str, model: str) -> Any:
     return result
 
 
-def _refuse_parts(content: Any, where: str, model: str) -> None:
+def _refuse_parts(content: Any, where: str, model: str, images: ImageReader | NoImages) -> None:
+    blind = isinstance(images, NoImages)
     for index, part in enumerate(content if isinstance(content, list) else ()):
         kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise RequestError(
-                f"The model {model!r} reads text only; {where}content[{index}] is of type "
-                f"{kind!r}. Send text parts.",
-                f"{where}content[{index}].type",
-                "unsupported_value",
-            )
+        if not isinstance(kind, str) or kind == "text" or (kind == "image_url" and not blind):
+            continue
+        reads = "text only" if blind else "text and images (image_url) only"
+        why = f" {images.reason}" if isinstance(images, NoImages) and kind == "image_url" else ""
+        raise RequestError(
+            f"The model {model!r} reads {reads} here; {where}content[{index}] is of type {kind!r}."
+            f"{why}",
+            f"{where}content[{index}].type",
+            "unsupported_value",
+        )

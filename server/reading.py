@@ -89,7 +89,7 @@ def field_path(location: tuple[int | str, ...]) -> str:
     return path
 
 
-_UNION_TAGS = ("str", "int", "bool", "float", "TextPart", "StreamOptions")
+_UNION_TAGS = ("str", "int", "bool", "float", "TextPart", "ImagePart", "StreamOptions")
 
 
 def _first_problem(error: ValidationError) -> ApiError:

@@ -18,10 +18,11 @@ from ..common.checkpoint.checkpoint import open_checkpoint
 from ..common.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from ..common.config import EngineConfig
 from ..common.errors import SixfoldError
-from ..common.messages import Loading
+from ..common.messages import Loading, Ready
 from .app import create_app
 from .early_engine import EarlyEngine
 from .engine_client import EngineClient
+from .images import ImageReader, NoImages, open_reader
 from .launch import Located, locate, served_name
 from .listener import HttpProtocol, address_of
 from .service import HttpOptions, Loaded, Phase, Service
@@ -168,12 +169,13 @@ class Server:
         try:
             ready = await client.start()
             tokenizer, name = await text
+            images = await asyncio.to_thread(self._images, located, ready)
         finally:
             text.cancel()
             await asyncio.gather(text, return_exceptions=True)
         self.service.model = name
         self.service.metrics.stats = lambda: client.stats
-        self.service.open(Loaded(client, ready, tokenizer, int(time.time())))
+        self.service.open(Loaded(client, ready, tokenizer, int(time.time()), images))
         return client
 
     def _tokenizer(self, located: Located) -> tuple[Tokenizer, str]:
@@ -183,6 +185,14 @@ class Server:
             tokenizer.use_chat_template(self._options.chat_template)
         name = self._options.served_name or served_name(self._options.engine.model, checkpoint)
         return tokenizer, name
+
+    def _images(self, located: Located, ready: Ready) -> ImageReader | NoImages:
+        http = self._options.http
+        checkpoint = open_checkpoint(located.path)
+        found = open_reader(checkpoint, ready, http.max_body_bytes, http.fetch_images)
+        if isinstance(found, NoImages) and ready.images is not None:
+            log.warning("images are refused: %s", found.reason)
+        return found
 
     def _loading(self, message: Loading) -> None:
         self.service.loading = message

@@ -14,6 +14,7 @@ from ..common.messages import ErrorBody, Loading, Ready
 from ..common.sampling import SamplingParams
 from .engine_client import EngineClient
 from .errors import ApiError, bad_request, engine_gone, unavailable
+from .images import ImageReader, NoImages
 from .metrics import Metrics
 
 LONG_TEXT = 16_384
@@ -31,6 +32,7 @@ class Phase(Enum):
 class HttpOptions:
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 32 * 2**20
+    fetch_images: bool = False  # http and https URLs in image parts
 
 
 @dataclass(slots=True)
@@ -41,6 +43,7 @@ class Loaded:
     ready: Ready
     tokenizer: Tokenizer
     created: int  # unix seconds
+    images: ImageReader | NoImages
 
 
 @dataclass(slots=True)

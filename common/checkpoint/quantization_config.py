@@ -17,15 +17,15 @@ from .quantised_rows import GROUP
 
 SUPPORTED = (
     "gptq (4 and 8 bits), awq (4 bits, version gemm), compressed-tensors (int-quantized and "
-    "pack-quantized), fp8 (e4m3 in blocks of 128 x 128), and directories in float32, float16 or "
-    "bfloat16; or a GGUF file"
+    "pack-quantized), fp8 (e4m3 in blocks of 128 x 128), mxfp4 (stacks of experts), and "
+    "directories in float32, float16 or bfloat16; or a GGUF file"
 )
 
 
 def packed_scheme(config: Mapping[str, Any], source: Path) -> PackedScheme | None:
     """None when nothing is quantised. Raises CheckpointError naming the field."""
     stated = _stated(config, source)
-    if stated is None or has_block_scales(config, source):
+    if stated is None or has_block_scales(config, source) or has_mxfp4_stacks(config, source):
         return None
     if stated.method not in _METHODS:
         raise CheckpointError(
@@ -46,6 +46,12 @@ def has_block_scales(config: Mapping[str, Any], source: Path) -> bool:
     stated.one_of("activation_scheme", ("dynamic",), "dynamic")
     stated.one_of("weight_block_size", ([SQUARE, SQUARE],))
     return True
+
+
+def has_mxfp4_stacks(config: Mapping[str, Any], source: Path) -> bool:
+    """Whether experts are MXFP4 stacks, as GPT-OSS's are."""
+    stated = _stated(config, source)
+    return stated is not None and stated.method == "mxfp4"
 
 
 def _stated(config: Mapping[str, Any], source: Path) -> _Stated | None:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from ..errors import CheckpointError, RequestError
 from . import gguf_tokenizer
+from .built_in_templates import BUILT_IN
 from .chat_template import ChatTemplate, Messages
 from .checkpoint import Checkpoint
 from .detokenize import (
@@ -137,7 +138,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         bos = backend.token_to_id(texts["bos_token"])
     return Tokenizer(
         backend,
-        _directory_templates(directory, config),
+        _directory_templates(directory, config) or _built_in(checkpoint.architecture),
         {name: text for name, text in texts.items() if text is not None},
         checkpoint.eos_token_ids,
         bos,
@@ -186,6 +187,11 @@ def _directory_templates(directory: Path, config: Mapping[str, Any]) -> dict[str
     if isinstance(found, list):
         return {t["name"]: t["template"] for t in found if {"name", "template"} <= set(t)}
     return {}
+
+
+def _built_in(architecture: str) -> dict[str, str]:
+    template = BUILT_IN.get(architecture)
+    return {} if template is None else {"default": template}
 
 
 def _gguf_templates(file: GGUFFile) -> dict[str, str]:

@@ -27,6 +27,7 @@ from . import (
     quantised_linear,
     rope,
     sample,
+    segment_attention,
 )
 
 MODULES = (
@@ -51,6 +52,7 @@ MODULES = (
     index_topk,
     compressed_attention,
     merge_state,
+    segment_attention,
     sample,
     logprobs,
 )

@@ -11,6 +11,7 @@ from ...platforms.interface_step import LAST_TOKEN, StepBatch, Want
 from ..cache.kv_cache import KVCache
 from ..cache.sequence import Sequence
 from ..errors import CacheCorrupted
+from .images import ImageSender
 from .row import Row
 from .sampling import SamplingBuilder
 
@@ -34,8 +35,9 @@ class BatchBuilder:
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self._sampling = SamplingBuilder()
+        self._images = ImageSender()
 
-    def build(self, step: int, parts: list[Part]) -> StepBatch:
+    def build(self, step: int, parts: list[Part], running: list[Row]) -> StepBatch:
         """No array is written to again, so the step may be read while the next is built."""
         rows = [part.row for part in parts]
         sequences = [held(row) for row in rows]
@@ -47,6 +49,7 @@ class BatchBuilder:
         pages = max(sequence.pages for sequence in sequences)
         cache = self._cache
         names = [group.name for group in cache.groups]
+        sent = self._images.send(parts, running)
         return StepBatch(
             step=step,
             row_ids=handles,
@@ -59,6 +62,9 @@ class BatchBuilder:
             state_slots={names[g]: cache.tables[g][handles, 0] for g in cache.recurrent},
             moves=cache.states.take_moves(),
             prompt_targets=_targets(parts, query_start),
+            images=sent.images,
+            images_done=sent.done,
+            rotary=sent.rotary,
         )
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from ...platforms.interface_kv import I32
 from ..cache.sequence import Sequence
 from ..messages import AddRequest, TokenLogprobs
+from .images import RowImages
 
 F32 = NDArray[np.float32]
 
@@ -17,7 +18,8 @@ class Row:
 
     `tokens[:known]` are the prompt and the tokens collected so far; the first `computed` positions
     have been scheduled; `in_flight` tokens are sampled but not collected. A row is *decoding* from
-    the step that computes its last known token on; preemption makes it start over.
+    the step that computes its last known token on; preemption makes it start over. `keys` is what
+    the tree knows the tokens by: the same array, unless the prompt has images.
     """
 
     __slots__ = (
@@ -28,7 +30,9 @@ class Row:
         "computed",
         "decoding",
         "done",
+        "images",
         "in_flight",
+        "keys",
         "known",
         "limit",
         "order",
@@ -47,7 +51,13 @@ class Row:
     )
 
     def __init__(
-        self, request: AddRequest, prompt: I32, limit: int, arrival: int, eos: frozenset[int]
+        self,
+        request: AddRequest,
+        prompt: I32,
+        limit: int,
+        arrival: int,
+        eos: frozenset[int],
+        images: RowImages | None = None,
     ) -> None:
         params = request.params
         self.request_id = request.request_id
@@ -55,13 +65,13 @@ class Row:
         self.priority = request.priority
         self.order = (-request.priority, arrival)  # smaller runs first, is preempted last
         self.tokens = prompt
+        self.images = images
+        self.keys = prompt if images is None else images.keys(prompt)
         self.prompt_length = self.known = len(prompt)
         self.limit = limit  # prompt and output tokens at which it ends with "length"
         self.computed = 0
         self.in_flight = 0
-        self.reached = (
-            0  # positions that have been computed once; more after a preemption are again
-        )
+        self.reached = 0  # positions computed once; after a preemption they are computed again
         self.cached = 0  # prompt tokens served from the prefix tree
         self.decoding = False
         self.done = False
@@ -103,10 +113,10 @@ class Row:
     def append(self, token: int) -> None:
         if self.known == len(self.tokens):
             room = min(max(2 * self.known, 64), max(self.limit, self.known + 1))
-            grown = np.empty(room, np.int32)
-            grown[: self.known] = self.tokens
-            self.tokens = grown
-        self.tokens[self.known] = token
+            keyed = self.keys is not self.tokens
+            self.tokens = _grown(self.tokens, room)
+            self.keys = _grown(self.keys, room) if keyed else self.tokens
+        self.tokens[self.known] = self.keys[self.known] = token
         self.known += 1
 
     def restart(self) -> None:
@@ -116,6 +126,12 @@ class Row:
         self.sequence = None
         if not self.started:
             self.prompt_logprobs = [None]
+
+
+def _grown(array: I32, room: int) -> I32:
+    grown = np.empty(room, np.int32)
+    grown[: len(array)] = array
+    return grown
 
 
 def _pairs(bias: dict[int, float]) -> tuple[I32, F32]:

@@ -26,6 +26,7 @@ from ..telemetry.load import LoadCounters
 from .admission import check_lengths, check_params, check_prompt
 from .batch import BatchBuilder, Part, held
 from .delivery import StepReader, extend_prompt_logprobs, message, no_token
+from .images import ImageKeys, check_images
 from .row import Row
 from .waiting import WaitingQueue
 
@@ -49,6 +50,7 @@ class Scheduler:
             info.groups, self._max_rows, info.max_context, config.prefix_cache, config.eviction
         )
         self._builder = BatchBuilder(self.cache)
+        self._image_keys = ImageKeys()
         self._open: dict[str, Row] = {}
         self._waiting = WaitingQueue()
         self._running: list[Row] = []  # in order of priority, then arrival
@@ -88,7 +90,8 @@ class Scheduler:
         # Rows that will start with the next step do not count as queued.
         if self.waiting >= self._max_queue + self._max_rows - self.running:
             raise QueueFull(self._max_queue)
-        row = Row(request, prompt, limit, self._arrivals, self._eos)
+        images = check_images(request, prompt, self._info, self._image_keys)
+        row = Row(request, prompt, limit, self._arrivals, self._eos, images)
         self._arrivals += 1
         self._open[request.request_id] = row
         self._waiting.push(row)
@@ -116,7 +119,7 @@ class Scheduler:
         self._running.remove(row)
 
     def _publish(self, row: Row) -> None:
-        self.cache.publish(held(row), row.tokens[: min(row.known, row.computed)], row.priority)
+        self.cache.publish(held(row), row.keys[: min(row.known, row.computed)], row.priority)
 
     # ---- choosing a step
 
@@ -132,7 +135,7 @@ class Scheduler:
                 return None
             self._preempt(self._running[-1])  # prompts block one another
             parts = self._choose()
-        batch = self._builder.build(self._step, parts)
+        batch = self._builder.build(self._step, parts, self._running)
         self._step += 1
         self._steps.append((batch, parts))
         for part in parts:
@@ -204,7 +207,7 @@ class Scheduler:
             row = self._waiting.first()
             if row is None:
                 return
-            tokens = row.tokens[: row.known]
+            tokens = row.keys[: row.known]
             nodes = [] if row.scores_prompt else self.cache.match(root, tokens).nodes
             if self._running and not self._fits(row, nodes):
                 return
@@ -228,7 +231,7 @@ class Scheduler:
     def _awaits(self, row: Row) -> bool:
         """Whether a row before it in this step computes what it needs, and leaves a snapshot that
         can be gone on from in the next. It waits only beside a row that gets on."""
-        tokens = row.tokens[: row.known]
+        tokens = row.keys[: row.known]
         return not row.scores_prompt and self.cache.awaits(held(row), tokens, row.computed)
 
     def _chunk(self, row: Row, budget: int, parts: list[Part]) -> int:
@@ -248,9 +251,9 @@ class Scheduler:
             return 0
         parts.append(self._take(row, end - row.computed))
         # At once, so that the next row of this very step can share the pages.
-        self.cache.publish(sequence, row.tokens[:end], row.priority, may_swap=False)
+        self.cache.publish(sequence, row.keys[:end], row.priority, may_swap=False)
         if end == snapshot:
-            self.cache.states.promise(sequence, row.tokens[:end])
+            self.cache.states.promise(sequence, row.keys[:end])
         return parts[-1].count
 
     def _serve(self, row: Row) -> int:
@@ -258,7 +261,7 @@ class Scheduler:
         the next snapshot, 0 for none. A prompt that is scored neither finds nor leaves any."""
         if row.scores_prompt:
             return 0
-        nodes, reach = self.cache.match(held(row).node, row.tokens[: row.known])
+        nodes, reach = self.cache.match(held(row).node, row.keys[: row.known])
         if nodes:
             self._adopt(row, nodes)
         return self.cache.next_snapshot(row.known, row.computed, reach)

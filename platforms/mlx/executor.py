@@ -36,6 +36,7 @@ from .recognise import Recognised, recognise_model
 from .runner import CacheGroup, MLXRunner, Started
 
 OPS = ("sample", "logprobs")
+TEXT_ONLY = Support(Status.NO, "It runs mlx-lm's models, which read text only.")
 KINDS = frozenset({KVKind.FULL, KVKind.WINDOW, KVKind.RECURRENT})
 CACHE_SHARE = 4
 
@@ -198,7 +199,7 @@ class MLXExecutor:
         self, checkpoint: Checkpoint, plan: CachePlan, dtype: str, weights: int, log: DecisionLog
     ) -> ExecutorInfo:
         status = Status.YES if not on_metal() else Status.UNVERIFIED
-        reason = "tested on MLX's CPU backend"
+        features = dict.fromkeys(sorted(SERVED), Support(status, "tested on MLX's CPU backend"))
         return ExecutorInfo(
             groups=plan.groups,
             vocab_size=checkpoint.vocab_size,
@@ -212,6 +213,6 @@ class MLXExecutor:
             weight_bytes=weights,
             cache_bytes=plan.bytes,
             device=self._facts,
-            features=dict.fromkeys(sorted(SERVED), Support(status, reason)),
+            features={**features, "images": TEXT_ONLY},
             decisions=tuple(log),
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .interleaved_rope import turn_pairs, unit
+from .state_slots import idle_slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +123,7 @@ def _append(
     row = torch.searchsorted(query_start[1:].contiguous(), token.to(query_start.dtype), right=True)
     position = context_lens[row] + token - query_start[row]
     kept = (token >= query_start[row + 1] - ring) & (slots[row] >= 0)
-    taken = torch.zeros(len(state) + 1, dtype=torch.bool, device=state.device)
-    taken[slots.long()] = True  # -1 is the place behind the last slot
-    idle = taken[:-1].to(torch.uint8).argmin(dim=0, keepdim=True) * ring
+    idle = idle_slot(slots, len(state)) * ring
     places = state.view(-1, state.shape[2])
     where = torch.where(kept, slots[row].long() * ring + position % ring, idle)
     new = torch.where(kept.unsqueeze(1), projected.float(), places.index_select(0, idle))

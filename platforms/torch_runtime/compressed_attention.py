@@ -6,13 +6,17 @@ on the host."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 QUERY_BLOCK = 64
-"""Queries of a long row that share one product; bounds the scores' memory."""
+"""Queries of a long row that share one product."""
+SCORES = 1 << 24
+"""Scores that are held at once, of all heads, queries and keys."""
+SPARSE = 4
+"""From so many times the selected entries on, a query gathers its own instead of sharing all."""
 
 
 def index_topk(
@@ -31,9 +35,8 @@ def index_topk(
         chosen = _best(q.unsqueeze(1), weights.unsqueeze(1), keys, context_lens[:, None], ratio)
         return _padded(chosen[:, 0], top_k)
     result = torch.full((len(q), top_k), -1, dtype=torch.int64, device=q.device)
-    for block in _blocks(query_start, context_lens):
-        last = block.first + block.count
-        width = -(-last // page_size)
+    for block in _blocks(query_start, context_lens, q.shape[1], ratio):
+        last, width = block.last, -(-block.last // page_size)
         table = page_table[block.row : block.row + 1, :width]
         keys = _entries(cache, table, page_size, ratio)[:, : last // ratio]
         position = torch.arange(block.first, last, device=q.device).unsqueeze(0)
@@ -91,9 +94,13 @@ def compressed_attention(
         result = cache.decode(q, position, sinks, selected, scale)
         return result, window_cache
     result = torch.empty_like(q)
-    for block in _blocks(query_start, context_lens):
-        some = None if selected is None else selected[block.tokens]
-        result[block.tokens] = cache.prefill(q[block.tokens], block, sinks, some, scale)
+    for block in _blocks(query_start, context_lens, q.shape[1], ratio):
+        where, some = block.tokens, None if selected is None else selected[block.tokens]
+        if some is not None and block.last // ratio > SPARSE * some.shape[1]:
+            own = cache.of_row(block.row, block.count)
+            result[where] = own.decode(q[where], position[where], sinks, some, scale)
+        else:
+            result[where] = cache.prefill(q[where], block, sinks, some, scale)
     return result, window_cache
 
 
@@ -109,12 +116,20 @@ class _Block:
     def count(self) -> int:
         return int(self.tokens.stop - self.tokens.start)
 
+    @property
+    def last(self) -> int:
+        """Tokens of the row up to the last query."""
+        return self.first + self.count
 
-def _blocks(query_start: Tensor, context_lens: Tensor) -> Iterator[_Block]:
+
+def _blocks(query_start: Tensor, context_lens: Tensor, heads: int, ratio: int) -> Iterator[_Block]:
     starts, contexts = query_start.tolist(), context_lens.tolist()
     for row, context in enumerate(contexts):
-        for first in range(starts[row], starts[row + 1], QUERY_BLOCK):
-            tokens = slice(first, min(first + QUERY_BLOCK, starts[row + 1]))
+        end = starts[row + 1]
+        entries = (context + end - starts[row]) // ratio if ratio else 0
+        size = max(1, min(QUERY_BLOCK, SCORES // (heads * max(1, entries))))
+        for first in range(starts[row], end, size):
+            tokens = slice(first, min(first + size, end))
             yield _Block(row, tokens, context + first - starts[row])
 
 
@@ -151,11 +166,17 @@ class _Cache:
             visible = torch.cat((visible, there), dim=1)
         return _attend(q.unsqueeze(1), keys, visible.unsqueeze(1), sinks, scale)[:, 0]
 
+    def of_row(self, row: int, count: int) -> _Cache:
+        """One row's caches as those of `count` rows."""
+        window, entries = self.window_table[row : row + 1], self.entry_table
+        entries = None if entries is None else entries[row : row + 1].expand(count, -1)
+        return replace(self, window_table=window.expand(count, -1), entry_table=entries)
+
     def prefill(
         self, q: Tensor, block: _Block, sinks: Tensor, selected: Tensor | None, scale: float
     ) -> Tensor:
         """Queries of one row: q (n, H, D). They share their keys; what each sees is a mask."""
-        last = block.first + block.count
+        last = block.last
         position = torch.arange(block.first, last, device=q.device).unsqueeze(1)
         seen = torch.arange(max(0, block.first - self.window + 1), last, device=q.device)
         table = self.window_table[block.row : block.row + 1]

@@ -13,7 +13,7 @@ from ...models.quantization import FLOATS, has_quantised
 from ...models.quantization import weight_bytes as bytes_of_weights
 from ..cache_plan import CachePlan, CachePlanner, GroupNeed, gib, group_needs
 from ..device_thread import DeviceThread
-from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Support
+from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Status, Support
 from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable, Problem
 from ..interface_kv import KVKind
@@ -48,6 +48,9 @@ FEATURES = (
     "seed",
     "grammar",
 )
+
+
+TEXT_ONLY = Support(Status.NO, "The model reads text only.")
 
 
 class TorchExecutor:
@@ -125,7 +128,7 @@ class TorchExecutor:
             model, program, self.pools, ops, device, spec.max_rows, source.vocab_size
         )
         log.extend([self._runner.capture(spec.graphs, spec.max_step_tokens, progress)])
-        return self._info(source, plan, dtype, weight_bytes, log)
+        return self._info(source, model, plan, dtype, weight_bytes, log)
 
     def _dtype(self, source: ModelSource, log: DecisionLog) -> str:
         if self._spec.dtype is not None:
@@ -239,11 +242,15 @@ class TorchExecutor:
     def _info(
         self,
         source: ModelSource,
+        model: Model,
         plan: CachePlan,
         dtype: str,
         weight_bytes: int,
         log: DecisionLog,
     ) -> ExecutorInfo:
+        support, images = self._device.feature_support, model.images()
+        features = dict.fromkeys(FEATURES, support)
+        features["images"] = TEXT_ONLY if images is None else support
         return ExecutorInfo(
             groups=plan.groups,
             vocab_size=source.vocab_size,
@@ -257,8 +264,9 @@ class TorchExecutor:
             weight_bytes=weight_bytes,
             cache_bytes=plan.bytes,
             device=self._device.facts,
-            features=dict.fromkeys(FEATURES, self._device.feature_support),
+            features=features,
             decisions=tuple(log),
+            images=images,
         )
 
 

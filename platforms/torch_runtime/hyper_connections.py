@@ -27,10 +27,10 @@ def mhc_pre(
         )
     )
     mixing = mixing.unflatten(-1, (count, count)).softmax(dim=-1) + eps
-    mixing = mixing / (mixing.sum(dim=-2, keepdim=True) + eps)
+    mixing.div_(mixing.sum(dim=-2, keepdim=True).add_(eps))
     for _ in range(iterations - 1):
-        mixing = mixing / (mixing.sum(dim=-1, keepdim=True) + eps)
-        mixing = mixing / (mixing.sum(dim=-2, keepdim=True) + eps)
+        mixing.div_(mixing.sum(dim=-1, keepdim=True).add_(eps))
+        mixing.div_(mixing.sum(dim=-2, keepdim=True).add_(eps))
     return _weighted(wide, pre.sigmoid() + eps, streams.dtype), 2.0 * post.sigmoid(), mixing
 
 

@@ -29,6 +29,7 @@ from .interleaved_rope import (
 from .latent_attention import latent_attention, merge_state
 from .recurrent import conv1d_update, gated_delta
 from .sampler import mix32, sample, signed
+from .segment_attention import segment_attention
 from .widened_linear import widened_linear
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ GENERIC: dict[str, Callable[..., Any]] = {
     "index_topk": index_topk,
     "compressed_attention": compressed_attention,
     "merge_state": merge_state,
+    "segment_attention": segment_attention,
     "kv_write": kv_write,
     "page_copy": page_copy,
     "page_gather": page_gather,
@@ -183,9 +185,7 @@ GENERIC: dict[str, Callable[..., Any]] = {
 }
 
 
-READS_ON_HOST = frozenset(
-    "moe moe_experts gated_delta latent_attention index_topk compressed_attention".split()
-)
+READS_ON_HOST = frozenset({"moe", "moe_experts", "gated_delta", "latent_attention"})
 
 
 def _anywhere(facts: DeviceFacts, problem: Problem) -> str | None:

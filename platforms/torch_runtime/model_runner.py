@@ -18,6 +18,7 @@ from ..interface_kernels import KernelTable
 from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, Want
 from ..sampling_rows import select_rows
 from .device import TorchDevice
+from .image_rows import ImageEncoder
 from .step_caches import Pool
 from .step_program import NotCaptured, StepProgram, StepRunner
 
@@ -49,6 +50,7 @@ class ModelRunner:
         self._max_rows = max_rows
         self._last = torch.zeros(max_rows, dtype=torch.int64, device=device.torch_device)
         self._step: StepRunner = program.run
+        self._images = ImageEncoder(model, device)
 
     @torch.inference_mode()
     def capture(
@@ -76,10 +78,13 @@ class ModelRunner:
         began = time.perf_counter()
         self._move(batch)
         token_ids = self._token_ids(batch)
-        lengths = np.diff(batch.query_start)
-        shift = np.repeat(batch.context_lens - batch.query_start[:-1], lengths)
-        positions = (np.arange(len(shift)) + shift).astype(np.int64)
-        hidden = self._step(batch, token_ids, self._device.to_device(positions))
+        positions = self._device.to_device(rotary_positions(batch))
+        images = self._images.placed(batch)
+        if images is None:
+            hidden = self._step(batch, token_ids, positions)
+        else:
+            # Captured steps read embeddings of tokens alone.
+            hidden = self._program.run(batch, token_ids, positions, images)
         result = self._sample(batch, hidden)
         prompts = self._prompt_logprobs(batch, hidden)
         return StepResult(
@@ -203,3 +208,13 @@ class ModelRunner:
             self._device.to_host(part) for part in self._ops.logprobs(logits, tokens, top)
         )
         return chosen, ids.astype(np.int32), best
+
+
+def rotary_positions(batch: StepBatch) -> I64:
+    """(T,) int64; (3, T) where the axes differ, which is in steps with images' rows alone."""
+    if batch.rotary is None:
+        lengths = np.diff(batch.query_start)
+        shift = np.repeat(batch.context_lens - batch.query_start[:-1], lengths)
+        return (np.arange(len(shift)) + shift).astype(np.int64)
+    rotary = batch.rotary.astype(np.int64)
+    return rotary[0] if (rotary == rotary[0]).all() else rotary

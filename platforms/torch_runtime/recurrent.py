@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from torch import Tensor
 
 from ...common.ops.gated_delta import EPS
+from .state_slots import idle_slot
 
 CHUNK = 64
 """Tokens of a row that the chunked form takes at once."""
@@ -70,11 +71,8 @@ def _store(state: Tensor, slots: Tensor, new: Tensor) -> Tensor:
     rows = len(slots)
     if not rows:
         return state
-    taken = torch.zeros(len(state) + 1, dtype=torch.bool, device=state.device)
-    taken[slots.long()] = True  # -1 is the place behind the last slot
-    idle = taken[:-1].to(torch.uint8).argmin()
     active = slots >= 0
-    where = torch.where(active, slots.long(), idle)
+    where = torch.where(active, slots.long(), idle_slot(slots, len(state)))
     shape = (rows, *[1] * (new.dim() - 1))
     old = state.index_select(0, where)
     return state.index_copy_(0, where, torch.where(active.view(shape), new.to(state.dtype), old))

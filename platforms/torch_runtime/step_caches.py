@@ -77,7 +77,7 @@ class PagesPart:
         table = self._device.to_device(np.ascontiguousarray(plan))
         if reserved is None:
             return table
-        reserved[len(table) :].zero_()
+        reserved.zero_()  # ops may look at pages that a row does not have
         reserved[: len(table), : table.shape[1]].copy_(table)
         return reserved
 

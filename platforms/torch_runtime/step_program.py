@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ...models.base import Model
+from ...models.vision import ImageRows
 from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable
 from ..interface_kv import KVKind
@@ -29,7 +30,7 @@ from .step_caches import (
     SlotsPart,
 )
 
-OUTSIDE = frozenset({"sample", "logprobs", "page_copy"})
+OUTSIDE = frozenset({"sample", "logprobs", "page_copy", "segment_attention"})
 """Ops that the runtime calls before or after the program."""
 
 
@@ -89,8 +90,14 @@ class StepProgram:
         attention backend's plans have no fixed shape."""
         return [part.reserve(rows, tokens, self._max_context) for part in self._parts]
 
-    def forward(self, token_ids: Tensor, positions: Tensor, bound: Sequence[Any]) -> Tensor:
-        """(T,), (T,) int64 -> hidden states (T, width)."""
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        bound: Sequence[Any],
+        images: ImageRows | None = None,
+    ) -> Tensor:
+        """(T,), (T,) int64 -> hidden states (T, width); with images also positions (3, T)."""
         *caches, rows = bound
         place = {
             site: (group, cache, index)
@@ -98,7 +105,8 @@ class StepProgram:
             for index, site in enumerate(group.sites)
         }
         step = BoundStep(self._attend, place, rows)
-        hidden: Tensor = self._model(token_ids, positions, step)
+        given = {} if images is None else {"images": images}
+        hidden: Tensor = self._model(token_ids, positions, step, **given)
         return hidden
 
     def _attend(
@@ -120,9 +128,15 @@ class StepProgram:
         result: Tensor = self.attention.run(bound, group.pool, index, q, k, v, spec, sinks)
         return result
 
-    def run(self, batch: StepBatch, token_ids: Tensor, positions: Tensor) -> Tensor:
+    def run(
+        self,
+        batch: StepBatch,
+        token_ids: Tensor,
+        positions: Tensor,
+        images: ImageRows | None = None,
+    ) -> Tensor:
         """The StepRunner without capture: op by op, on fresh buffers."""
-        return self.forward(token_ids, positions, self.bind(self.plan(batch)))
+        return self.forward(token_ids, positions, self.bind(self.plan(batch)), images)
 
     def unsafe_kernels(self) -> list[str]:
         """Kernels of the program that a captured step cannot hold."""

@@ -90,6 +90,7 @@ def _engine_options(command: Any) -> Any:
 @click.option(
     "--max-body-bytes", type=click.IntRange(1), default=2**25, help="Largest request body."
 )
+@click.option("--fetch-images", is_flag=True, help="Fetch http and https URLs of image parts.")
 @click.option(
     "--drain-timeout",
     type=click.FloatRange(0),
@@ -161,7 +162,7 @@ def _serve_with(early: EarlyEngine, config: EngineConfig, flags: dict[str, Any])
     template = flags["chat_template"]
     options = ServeOptions(
         engine=config,
-        http=HttpOptions(flags["api_key"], flags["max_body_bytes"]),
+        http=HttpOptions(flags["api_key"], flags["max_body_bytes"], flags["fetch_images"]),
         served_name=flags["served_model_name"],
         chat_template=Path(template).read_text("utf-8") if template else None,
         drain_seconds=flags["drain_timeout"],

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ...common.checkpoint.tokenizer import Tokenizer
+from ...common.images.patches import Patches, tokens_of
 from ...common.text.logprobs import TokenEntry, chat_logprobs
 from ...common.text.output import TextDelta
 from ..errors import bad_request
 from ..generation import Choice, Prompt, Run, sampling
+from ..images import ImageReader, NoImages, place
 from ..protocol import (
     ACCEPTED,
     REFUSED_CHAT,
     ChatMessage,
     ChatRequest,
+    ImagePart,
+    TextPart,
     strip_messages,
     strip_neutral,
 )
 from ..reading import checked, parse_json, read_body
-from ..service import Service, encode
+from ..service import Loaded, Service, encode
 from .answer import Dialect, answer
 
 
@@ -76,16 +81,65 @@ async def chat_completions(request: Request) -> Response:
     platform = loaded.ready.platform
     fields = strip_neutral(fields, REFUSED_CHAT, ACCEPTED, platform)
     if "messages" in fields:
-        fields["messages"] = strip_messages(fields["messages"], platform, service.model)
+        fields["messages"] = strip_messages(
+            fields["messages"], platform, service.model, loaded.images
+        )
     body = checked(ChatRequest, fields)
     service.check_model(body.model)
     params = sampling(body, _max_tokens(body), _top_logprobs(body))
-    text = render_chat(
-        loaded.tokenizer, body.messages, body.add_generation_prompt, body.chat_template_kwargs
-    )
-    prompt = await encode(loaded.tokenizer, text, "messages", special=False)
-    run = Run(service, body, [Prompt(prompt, "messages")], params)
+    prompt = await chat_prompt(loaded, body, special=False)
+    run = Run(service, body, [prompt], params)
     return await answer(request, ChatDialect(service, body, run))
+
+
+class Conversation(Protocol):
+    """A body with messages and what their template takes."""
+
+    messages: Any  # of the two bodies, one may leave them out
+    add_generation_prompt: bool | None
+    chat_template_kwargs: dict[str, Any] | None
+
+
+async def chat_prompt(loaded: Loaded, body: Conversation, special: bool) -> Prompt:
+    """The rendered conversation in tokens, its images in their places. Raises RequestError."""
+    messages: list[ChatMessage] = body.messages
+    reader = loaded.images
+    patches = [] if isinstance(reader, NoImages) else await _read(reader, messages)
+    text = render_chat(
+        loaded.tokenizer, messages, body.add_generation_prompt, body.chat_template_kwargs
+    )
+    ids = await encode(loaded.tokenizer, text, "messages", special)
+    if isinstance(reader, NoImages):
+        return Prompt(ids, "messages")
+    ids, images = await asyncio.to_thread(place, ids, patches, reader.taken)
+    return Prompt(ids, "messages", images=images)
+
+
+async def _read(reader: ImageReader, messages: list[ChatMessage]) -> list[Patches]:
+    """Every image, in order. Raises RequestError that names the part."""
+    patches: list[Patches] = []
+    tokens = 0
+    for number, message in enumerate(messages):
+        for index, part in enumerate(message.content):
+            if isinstance(part, ImagePart):
+                param = f"messages[{number}].content[{index}]"
+                patches.append(await reader.read(part.image_url.url, param, tokens))
+                tokens += tokens_of(patches[-1].grid, reader.taken.merge)
+    return patches
+
+
+def _content(content: str | list[TextPart | ImagePart]) -> str | list[dict[str, str]]:
+    """As templates take it: a text, or with images a list of parts. Texts alone are joined by
+    newlines."""
+    if isinstance(content, str):
+        return content
+    texts = [part.text for part in content if isinstance(part, TextPart)]
+    if len(texts) == len(content):
+        return "\n".join(texts)
+    return [
+        {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+        for part in content
+    ]
 
 
 def render_chat(
@@ -94,13 +148,11 @@ def render_chat(
     generation_prompt: bool | None,
     variables: dict[str, Any] | None,
 ) -> str:
-    """The model's own template; text parts are joined by newlines, and `developer` is OpenAI's
-    newer name of `system`. Raises RequestError."""
+    """The model's own template; `developer` is OpenAI's newer name of `system`. Raises
+    RequestError."""
     rendered = []
     for message in messages:
-        content = message.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
+        content = _content(message.content)
         role = "system" if message.role == "developer" else message.role
         name = {} if message.name is None else {"name": message.name}
         rendered.append({"role": role, "content": content, **name})

@@ -11,7 +11,7 @@ from ..protocol import DetokenizeRequest, TokenizeRequest, strip_messages
 from ..reading import checked, parse_json, read_body
 from ..responses import json_response
 from ..service import Service, encode
-from .chat import render_chat
+from .chat import chat_prompt
 from .completions import check_ids
 
 
@@ -21,17 +21,16 @@ async def tokenize(request: Request) -> Response:
     loaded = service.loaded
     if "messages" in fields:
         platform = loaded.ready.platform
-        fields["messages"] = strip_messages(fields["messages"], platform, service.model)
+        fields["messages"] = strip_messages(
+            fields["messages"], platform, service.model, loaded.images
+        )
     body = checked(TokenizeRequest, fields)
     service.check_model(body.model)
     tokenizer = loaded.tokenizer
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("Send either prompt or messages.", "prompt", "invalid_value")
     if body.messages is not None:
-        text = render_chat(
-            tokenizer, body.messages, body.add_generation_prompt, body.chat_template_kwargs
-        )
-        ids = await encode(tokenizer, text, "messages", bool(body.add_special_tokens))
+        ids = (await chat_prompt(loaded, body, bool(body.add_special_tokens))).ids
     else:
         special = body.add_special_tokens is not False
         ids = await encode(tokenizer, body.prompt or "", "prompt", special)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain_step import logits
 from support.kernel_checks import generic_table
-from tiny_deepseek_v4 import CONFIG, prompt, tensors, write
+from support.plain_step import logits
+from support.run_model import load_on_cpu
+from support.tiny_deepseek_v4 import CONFIG, prompt, tensors, write
 from torch import Tensor
 
 from sixfold.common.checkpoint import block_floats
@@ -104,6 +105,15 @@ def test_it_is_the_model_of_the_widened_matrices(
         torch.testing.assert_close(parameter, known[name], rtol=0, atol=0)
     token_ids = prompt(20)
     torch.testing.assert_close(logits(ours, token_ids), logits(plain, token_ids))
+
+
+def test_that_they_are_widened_is_said_and_is_a_fallback(tmp_path: Path) -> None:
+    config = {**CONFIG, "torch_dtype": "bfloat16", "quantization_config": QUANTIZATION}
+    info = load_on_cpu(write(tmp_path, stored("fp4")[0], config))
+    (decision,) = (d for d in info.decisions if d.what == "weights")
+    assert decision.fallback
+    assert "fp8_block" in decision.rejected[0][0]
+    assert "mxfp4" in decision.rejected[0][0]
 
 
 def test_the_even_column_is_in_the_low_nibble(tmp_path: Path) -> None:

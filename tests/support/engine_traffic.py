@@ -15,7 +15,7 @@ from support.mock_model import Alone, alone
 from sixfold.common.cache.kv_cache import KVCache
 from sixfold.common.config import EngineConfig
 from sixfold.common.engine import Engine
-from sixfold.common.messages import AddRequest, Output
+from sixfold.common.messages import AddRequest, Image, Output
 from sixfold.common.random import uniform
 from sixfold.common.sampling import SamplingParams
 from sixfold.platforms.interface import ExecutorInfo
@@ -68,6 +68,8 @@ class Arrival:
     params: SamplingParams
     priority: int = 0
     abort_at: int | None = None
+    images: tuple[Image, ...] = ()
+    see: Any = None  # as `alone` takes it
 
 
 def run(engine: Engine, arrivals: list[Arrival], audit: bool = True) -> list[Heard]:
@@ -85,6 +87,7 @@ def run(engine: Engine, arrivals: list[Arrival], audit: bool = True) -> list[Hea
                         prompt_ids=arrival.prompt,
                         params=arrival.params,
                         priority=arrival.priority,
+                        images=list(arrival.images),
                     )
                 )
             if arrival.abort_at == step:
@@ -102,7 +105,7 @@ def run(engine: Engine, arrivals: list[Arrival], audit: bool = True) -> list[Hea
 
 def compare(arrivals: Iterable[Arrival], heard: Iterable[Heard], info: ExecutorInfo) -> None:
     for arrival, said in zip(arrivals, heard, strict=True):
-        want = alone(arrival.prompt, arrival.params, info, EOS, draw)
+        want = alone(arrival.prompt, arrival.params, info, EOS, draw, arrival.see)
         if said.finish_reason == "abort" and arrival.abort_at is not None:
             if said.tokens != want.tokens[: len(said.tokens)]:
                 raise Wrong(f"{said.tokens} is no beginning of {want.tokens}")
@@ -132,9 +135,10 @@ def serve(
     arrivals: list[Arrival],
     lazy: bool = True,
     audit: bool = True,
-) -> tuple[Engine, MockExecutor, list[Heard]]:
+    make: type[MockExecutor] = MockExecutor,
+) -> tuple[Engine, Any, list[Heard]]:
     """Run, compare with the oracle, and check that nothing is left in the cache."""
-    executor = MockExecutor(info, lazy)
+    executor = make(info, lazy)
     engine = Engine(executor, info, config, EOS)
     heard = run(engine, arrivals, audit)
     compare(arrivals, heard, info)

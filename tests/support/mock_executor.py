@@ -161,11 +161,14 @@ class MockExecutor:
         ]
         self.computed += sum(map(len, news))
         tokens, pending = self._resolve(b, news)
-        first = [embed(t, n) for t, n in zip(tokens, news, strict=True)]
+        first = self._embed(b, tokens, news)
         states = self._write(0, first, slots, news)
         hidden = [self._read(0, slots[r], news[r], states[r]) for r in range(b.rows)]
         states = self._write(1, hidden, slots, news)
         return self._results(b, slots, news, pending, states)
+
+    def _embed(self, b: StepBatch, tokens: list[Any], news: list[Any]) -> list[Any]:
+        return [embed(t, n) for t, n in zip(tokens, news, strict=True)]
 
     def _resolve(self, b: StepBatch, news: list[Any]) -> tuple[list[Any], list[int | None]]:
         """Token ids per row, and the pending token of rows that have one."""

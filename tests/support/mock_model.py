@@ -153,8 +153,11 @@ def alone(
     info: ExecutorInfo,
     eos: Iterable[int] = (),
     draw: Any = None,
+    see: Any = None,
 ) -> Alone:
-    """draw(seed, position) -> float: the generator under test has its own tests."""
+    """draw(seed, position) -> float: the generator under test has its own tests. see(tokens) gives
+    what the first layer sees of them, where it is not `embed`."""
+    see = see or (lambda tokens: embed(tokens, np.arange(len(tokens))))
     groups, vocab = info.groups, info.vocab_size
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
     full = [g.pages - 1 for g in groups if g.kind is KVKind.FULL]
@@ -162,7 +165,7 @@ def alone(
     limit = len(prompt) + params.max_tokens if params.max_tokens else info.max_context
     limit = min(limit, capacity + 1)
     tokens, scores = list(prompt), []
-    hidden = _hidden(tokens, 0, [], groups)
+    hidden = _hidden(see(tokens), 0, [], groups)
     prompt_scores = log_softmax(logits_of(_last_layer(hidden, groups, all_of_them=True), vocab))
     known = [float(prompt_scores[i, t]) for i, t in enumerate(prompt[1:])]
     while True:
@@ -191,12 +194,11 @@ def alone(
         tokens.append(choice)
         if len(tokens) >= limit:
             return Alone(tokens[len(prompt) :], "length", None, scores, known)
-        hidden = _hidden(tokens, len(tokens) - 1, hidden, groups)
+        hidden = _hidden(see(tokens), len(tokens) - 1, hidden, groups)
 
 
-def _hidden(tokens: list[int], start: int, before: Any, groups: Sequence[KVGroup]) -> Any:
-    first = embed(tokens, np.arange(len(tokens)))
-    new = attend(_context(first, groups), np.arange(start, len(tokens)), groups)
+def _hidden(first: Any, start: int, before: Any, groups: Sequence[KVGroup]) -> Any:
+    new = attend(_context(first, groups), np.arange(start, len(first)), groups)
     return np.concatenate([np.asarray(before, U64), new])
 
 

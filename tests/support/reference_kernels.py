@@ -5,6 +5,7 @@ Independent of `platforms/torch_runtime`, so that models are tested without it.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -90,6 +91,24 @@ def moe(
     return out
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    wide = x.float()
+    apart = wide - wide.mean(-1, keepdim=True)
+    normed = apart * torch.rsqrt(apart.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+    return (normed if bias is None else normed + bias.float()).to(x.dtype)
+
+
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: tuple[int, ...], scale: float
+) -> Tensor:
+    parts = []
+    for begin, end in pairwise(starts):
+        queries, keys, values = (x[begin:end].float() for x in (q, k, v))
+        weights = (torch.einsum("qhd,khd->hqk", queries, keys) * scale).softmax(-1)
+        parts.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(parts).to(q.dtype)
+
+
 def reference_table() -> KernelTable:
     """Every op that models call."""
     ops: list[Any] = [
@@ -103,6 +122,8 @@ def reference_table() -> KernelTable:
         silu_mul,
         gelu_tanh_mul,
         moe,
+        layer_norm,
+        segment_attention,
     ]
     kernels = {
         fn.__name__: Kernel(fn.__name__, "test", lambda facts, problem: None, fn) for fn in ops

@@ -133,9 +133,15 @@ class Driver:
     def __init__(self, info: ExecutorInfo, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self.info = info
-        self.free = {g.name: list(rng.permutation(np.arange(1, g.pages))) for g in info.groups}
+        paged = [g for g in info.groups if g.kind is not KVKind.RECURRENT]
+        self.free = {g.name: list(rng.permutation(np.arange(1, g.pages))) for g in paged}
         width = -(-info.max_context // info.page_size)
-        self.tables = {g.name: np.zeros((info.max_rows, width), np.int32) for g in info.groups}
+        self.tables = {g.name: np.zeros((info.max_rows, width), np.int32) for g in paged}
+        self.slots = {
+            g.name: rng.permutation(np.arange(1, g.pages, dtype=np.int32))[: info.max_rows]
+            for g in info.groups
+            if g.kind is KVKind.RECURRENT
+        }
         self.lengths = np.zeros(info.max_rows, np.int32)
         self.steps = 0
 
@@ -166,6 +172,7 @@ class Driver:
             moves=moves,
             grammar_mask=mask,
             prompt_targets=None if targets is None else np.array(targets, np.int32),
+            state_slots={name: slots[handles] for name, slots in self.slots.items()},
         )
         self.lengths[handles] += counts.astype(np.int32)
         self.steps += 1

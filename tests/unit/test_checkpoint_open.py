@@ -174,7 +174,7 @@ def test_empty_directory_and_absent_path(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "fbgemm_fp8", "hqq", "mxfp4", None])
+@pytest.mark.parametrize("method", ["bitsandbytes", "fbgemm_fp8", "hqq", "aqlm", None])
 def test_other_quantised_directories_are_refused(method: str | None, tmp_path: Path) -> None:
     quantised = {"bits": 4, "quant_method": method} if method else {"bits": 4}
     text = refusal(directory(tmp_path, {**LLAMA, "quantization_config": quantised}))

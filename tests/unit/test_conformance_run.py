@@ -143,6 +143,9 @@ FAULTS = {
         "latent_attention", context_lens=lambda n: np.maximum(n - 1, 0)
     ),
     "merge_state_base_two": changed("merge_state", first_lse=lambda x: x * np.float32(1.4427)),
+    "segment_attention_border_beside": changed(
+        "segment_attention", starts=lambda s: (*s[:1], *(min(x + 1, s[-1]) for x in s[1:]))
+    ),
     "page_digest_page_beside": changed("page_digest", pages=lambda p: np.maximum(p - 1, 0)),
 }
 

@@ -13,23 +13,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.fake_device import FakeExecutor, HostRead, Opaque
 from support.graph_stand_in import StandInGraphs
+from support.image_mock import PAD
 from support.library_stand_ins import install
 from support.random_source import RandomSource
 from support.recorded_machines import load
+from support.seeing_model import CONFIG as SEEING
+from support.seeing_model import FAMILY, MERGE, VALUES, SeeingModel
 from support.tiny_models import TINY
 from support.tiny_torch_model import Driver
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from sixfold.common.images.positions import rotary_positions
+from sixfold.models.loading import FAMILIES as FAMILIES_KNOWN
 from sixfold.platforms import select
 from sixfold.platforms.cuda.device import CUDADevice
 from sixfold.platforms.cuda.kernels import register as register_cuda
 from sixfold.platforms.interface import EngineSpec
 from sixfold.platforms.interface_kernels import Kernel
-from sixfold.platforms.interface_step import LAST_TOKEN
+from sixfold.platforms.interface_step import LAST_TOKEN, StepImage
 from sixfold.platforms.rocm.device import ROCmDevice
 from sixfold.platforms.rocm.kernels import register as register_rocm
 from sixfold.platforms.xpu.device import XPUDevice
@@ -144,6 +150,24 @@ def test_eight_bit_weights_stay_on_the_device(target: Target) -> None:
     chosen = {d.what: d.chosen for d in made.info.decisions}
     assert (chosen["weights"], chosen["kernel linear"]) == ("fp8", "scaled_mm")
     assert steps(made) == 4
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_a_model_that_sees_stays_on_the_device(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven tokens, four of them an image's; then the row decodes."""
+    monkeypatch.setitem(FAMILIES_KNOWN, FAMILY, SeeingModel)
+    made = target.executor({**SEEING, "head_dim": 64})
+    driver = Driver(made.info)
+    grid = (1, 4, 4)
+    image = StepImage(0, grid, np.zeros((16, VALUES), np.float32), first=0, token=2, count=4)
+    places, shift = rotary_positions(7, [(2, grid)], MERGE)
+    first = driver.batch([(0, [1, 2, *[PAD] * 4, 3])])
+    made.run(replace(first, images=(image,), images_done=(0,), rotary=places))
+    after = driver.batch([(0, [LAST_TOKEN])])
+    made.run(replace(after, rotary=np.full((3, 1), 7 + shift, np.int32)))
+    assert {b.device for b in made.model.vision.buffers()} == {torch.device(target.device)}
 
 
 # ---- faults
