@@ -56,6 +56,10 @@ class _Api(TorchFunctionMode):
             return assign(*args)
         if name == "nonzero":
             return torch.ops.aten.nonzero.default(args[0])
+        if name == "contiguous":
+            return torch.ops.aten.clone.default(args[0], memory_format=torch.contiguous_format)
+        if name == "__invert__":
+            return torch.ops.aten.bitwise_not.default(args[0])
         if name == "copy_":
             return torch.ops.aten.copy_.default(*args, **kwargs)
         if name == "scaled_dot_product_attention" and args[0].device.type == "xpu":
@@ -140,7 +144,52 @@ def _moe_shape(x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, 
     return torch.empty_like(x) + 0 * (router_logits[:1, :1] + gate_up[0, 0, 0] + down[0, 0, 0])
 
 
-SHAPES: Mapping[str, Callable[..., Any]] = {"moe": _moe_shape}
+def _experts_shape(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    """The generic kernel counts rows on the host."""
+    made = torch.empty_like(x) + 0 * (weights[:1, :1] + gate_up[0, 0, 0] + down[0, 0, 0])
+    return made.to(x.dtype)
+
+
+def _delta_shape(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    """The generic kernel reads the lengths of longer rows on the host."""
+    state = rest[4]
+    return torch.empty_like(v) + 0 * (state[0, 0, 0, 0] + q[0, 0, 0] + rest[5][0]), state
+
+
+def _latent_shape(q: Tensor, latents: Tensor, cache: Tensor, table: Tensor, *rest: Any) -> Any:
+    """The generic kernel reads the lengths of longer rows on the host."""
+    made = torch.empty_like(q)[..., : rest[3]]
+    return made + 0 * (latents[0, 0] + cache[0, 0] + table[0, 0] + rest[0][0] + rest[1][0]), cache
+
+
+def _entries_shape(q: Tensor, kv: Tensor, sinks: Tensor, window_cache: Tensor, *rest: Any) -> Any:
+    """The generic kernel reads the lengths of longer rows on the host."""
+    touched = sum(x.flatten()[:1].float().sum() for x in (kv, sinks, *rest) if torch.is_tensor(x))
+    return (torch.empty_like(q) + 0 * touched).to(q.dtype), window_cache
+
+
+def _topk_shape(q: Tensor, weights: Tensor, cache: Tensor, *rest: Any) -> Any:
+    """The generic kernel reads the lengths of longer rows on the host."""
+    made = torch.empty((len(q), rest[-1]), dtype=torch.int64, device=q.device)
+    return made + 0 * (weights[:1, :1].long() + cache[0, 0].long())
+
+
+SHAPES: Mapping[str, Callable[..., Any]] = {
+    "moe": _moe_shape,
+    "moe_experts": _experts_shape,
+    "gated_delta": _delta_shape,
+    "latent_attention": _latent_shape,
+    "compressed_attention": _entries_shape,
+    "index_topk": _topk_shape,
+}
 """Ops whose generic kernel cannot be traced -> their shape function. All other kernels that are
 opaque to torch are traced as the generic kernel of their op."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.fake_device import FakeExecutor, HostRead, Opaque
+from support.fake_device import SHAPES, FakeExecutor, HostRead, Opaque
 from support.graph_stand_in import StandInGraphs
 from support.image_mock import PAD
 from support.library_stand_ins import install
@@ -24,7 +24,11 @@ from support.random_source import RandomSource
 from support.recorded_machines import load
 from support.seeing_model import CONFIG as SEEING
 from support.seeing_model import FAMILY, MERGE, VALUES, SeeingModel
+from support.tiny_deepseek_v4 import CONFIG as DEEPSEEK_V4
+from support.tiny_experts import DEEPSEEK_V3, GPT_OSS
 from support.tiny_models import TINY
+from support.tiny_qwen3_5 import EXPERTS
+from support.tiny_qwen3_5 import TEXT as QWEN3_5
 from support.tiny_torch_model import Driver
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
@@ -42,7 +46,16 @@ from sixfold.platforms.xpu.device import XPUDevice
 from sixfold.platforms.xpu.kernels import register as register_xpu
 
 OPAQUE = frozenset({"triton", "flashinfer", "aiter", "shape"})
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3")
+PLAIN = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3")
+FAMILIES = (*PLAIN, "qwen3_5_text", "qwen3_5_moe_text", "deepseek_v3", "deepseek_v4", "gpt_oss")
+SIZES = {"rms_norm_eps": 1e-6, "max_position_embeddings": 256, "tie_word_embeddings": False}
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {**QWEN3_5, "head_dim": 64},
+    "qwen3_5_moe_text": {**QWEN3_5, **EXPERTS, "head_dim": 64},
+    "deepseek_v3": {**DEEPSEEK_V3, "rope_theta": 1e4},
+    "deepseek_v4": DEEPSEEK_V4,
+    "gpt_oss": {**GPT_OSS, "head_dim": 64, "rope_theta": 1e4, "attention_bias": True},
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,8 @@ class Target:
         def opaque(registry: Any) -> None:
             seen = Opaque(registry, OPAQUE)
             register(seen, device)
-            seen.add(Kernel("moe", "shape", lambda facts, problem: None, print, priority=1))
+            for op in SHAPES:
+                seen.add(Kernel(op, "shape", lambda facts, problem: None, print, priority=1))
 
         return device, opaque
 
@@ -100,7 +114,9 @@ def _libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(name: str) -> dict[str, Any]:
-    """Two layers, one of each kind, with heads that libraries take."""
+    """Few layers, one of each kind, with heads that libraries take."""
+    if name in OTHERS:
+        return {**SIZES, **OTHERS[name], "model_type": name}
     types = ["sliding_attention", "full_attention"]
     kinds = {"layer_types": types, "head_dim": 256} if name == "gemma3" else {"head_dim": 64}
     return {**TINY[name].config().to_dict(), "num_hidden_layers": 2, **kinds}
