@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..common.checkpoint.fields import Fields
 from ..platforms.interface_attention import AttentionSpec
 from .base import Attend, Model
-from .layers import Build, Embedding, GatedMLP, HeadNorm, Linear, Norm
-from .llama import LlamaArgs, Rotary, common_args
+from .layers import Build, GatedMLP, HeadNorm, Linear, Norm
+from .llama import LlamaArgs, LlamaTrunk, Rotary, common_args
 from .qwen3 import Qwen3Attention
 from .rope import Rope, rope_settings
 from .windows import FULL, SLIDING, layer_types, window_sizes
@@ -91,14 +91,6 @@ class Gemma3Block(nn.Module):
         return self.post_feedforward_layernorm(self.mlp(x)), residual
 
 
-class Gemma3Trunk(nn.Module):
-    def __init__(self, blocks: Iterable[nn.Module], args: Gemma3Args, build: Build) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(args.vocabulary, args.width, build, args.tied)
-        self.layers = nn.ModuleList(blocks)
-        self.norm = Norm(args.width, args.eps, build, _ONE)
-
-
 class Gemma3Model(Model):
     def __init__(self, fields: Fields, build: Build) -> None:
         super().__init__()
@@ -107,7 +99,7 @@ class Gemma3Model(Model):
         attentions = [Gemma3Attention(args, i, build) for i in range(args.layers)]
         self._specs = [attention.spec for attention in attentions]
         blocks = (Gemma3Block(attention, args, build) for attention in attentions)
-        self.model = Gemma3Trunk(blocks, args, build)
+        self.model = LlamaTrunk(blocks, args, build, _ONE)
         self.lm_head = None if args.tied else Linear(args.width, args.vocabulary, build)
         self.ropes = nn.ModuleDict(
             {

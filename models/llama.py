@@ -116,12 +116,19 @@ class LlamaBlock(nn.Module):
     """One layer. The residual stream and the last branch travel apart, so that each addition and
     the norm after it are one op."""
 
-    def __init__(self, attention: nn.Module, mlp: nn.Module, args: TrunkArgs, build: Build) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        mlp: nn.Module,
+        args: TrunkArgs,
+        build: Build,
+        norm_offset: float = 0.0,
+    ) -> None:
         super().__init__()
         self.self_attn = attention
         self.mlp = mlp
-        self.input_layernorm = Norm(args.width, args.eps, build)
-        self.post_attention_layernorm = Norm(args.width, args.eps, build)
+        self.input_layernorm = Norm(args.width, args.eps, build, norm_offset)
+        self.post_attention_layernorm = Norm(args.width, args.eps, build, norm_offset)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, rotary: Rotary, attend: Attend
@@ -134,11 +141,17 @@ class LlamaBlock(nn.Module):
 class LlamaTrunk(nn.Module):
     """The part that checkpoints call `model`."""
 
-    def __init__(self, blocks: Iterable[nn.Module], args: TrunkArgs, build: Build) -> None:
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        args: TrunkArgs,
+        build: Build,
+        norm_offset: float = 0.0,
+    ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(args.vocabulary, args.width, build, args.tied)
         self.layers = nn.ModuleList(blocks)
-        self.norm = Norm(args.width, args.eps, build)
+        self.norm = Norm(args.width, args.eps, build, norm_offset)
 
 
 class LlamaModel(Model):
