@@ -61,7 +61,7 @@ FAMILIES: dict[str, Callable[..., Model]] = {
 _TEXT_PREFIX = re.compile(r"(?:language_model\.model|model\.language_model|model)\.")
 _HEAD_PREFIX = "language_model.lm_head."
 # Parts of multimodal checkpoints that a text model has no use for.
-_VISION_PREFIX = re.compile(r"(?:model\.)?visual\.")
+_VISION_PREFIX = re.compile(r"(?:model\.)?(?:visual|vision_model)\.|(?=vit_large_projector\.)")
 _OTHER_PARTS = re.compile(
     r"(model\.)?(vision_tower|vision_model|multi_modal_projector|visual|vit_large_projector)\."
 )

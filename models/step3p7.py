@@ -13,6 +13,8 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ..common.checkpoint.fields import Fields
+from ..common.images.patches import Grid
+from ..platforms.interface import ImageInput
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
 from .base import Attend, Model, Placement, Step, layer_of
@@ -20,6 +22,8 @@ from .experts import Experts, SigmoidRouter
 from .layers import Build, GatedMLP, HeadNorm, Layer, Linear
 from .llama import LlamaBlock, LlamaTrunk, Rotary, common_args
 from .rope import Rope, rope_settings
+from .step3p7_vision import MERGE, Step3p7Vision, tower_name, vision_args
+from .vision import ImageRows
 from .windows import FULL, SLIDING, layer_types, window_sizes
 
 _ONE = 1.0
@@ -270,6 +274,9 @@ class Step3p7Model(Model):
         self.ropes = nn.ModuleDict(
             {kind: Rope(settings, args.head_dim, build) for kind, settings in args.ropes.items()}
         )
+        seen = vision_args(fields)
+        self.vision = None if seen is None else Step3p7Vision(seen, build)
+        self.image_token = 0 if seen is None else fields.positive("image_token_id")
 
     def _mlp(self, layer: int, build: Build) -> nn.Module:
         args = self.args
@@ -280,8 +287,23 @@ class Step3p7Model(Model):
     def attention_specs(self) -> Sequence[AttentionSpec]:
         return self._specs
 
-    def forward(self, token_ids: Tensor, positions: Tensor, step: Step) -> Tensor:
+    def images(self) -> ImageInput | None:
+        if self.vision is None:
+            return None
+        return ImageInput(self.image_token, MERGE, self.vision.patch_values, sequential=True)
+
+    def image_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        if self.vision is None:
+            return super().image_rows(patches, grids)
+        rows: Tensor = self.vision(patches, grids)
+        return rows
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, step: Step, images: ImageRows | None = None
+    ) -> Tensor:
         x, residual = self.model.embed_tokens(token_ids), None
+        if images is not None:
+            x = images.placed(x)
         rotary = {kind: rope(positions) for kind, rope in self.ropes.items()}
         for kind, block in zip(self.args.types, self.model.layers, strict=True):
             x, residual = block(x, residual, rotary[kind], step)
@@ -296,6 +318,8 @@ class Step3p7Model(Model):
         keep gate and up as two stacks."""
         if layer_of(name) >= self.args.layers:
             return None
+        if name.startswith("vision."):
+            return Placement(tower_name(name))
         block, moe, part = name.partition(".moe.")
         if not moe:
             return Placement(name.replace(".share_expert.", ".mlp.shared_experts."))
