@@ -18,10 +18,10 @@ from ..common.checkpoint.fields import Fields
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
 from ..platforms.interface_kv import CacheNeed, KVKind
-from .base import Model, Placement, Step, layer_of
+from .base import Placement, Step, layer_of
 from .experts import Experts, SigmoidRouter, expert_placement
 from .layers import Build, GatedMLP, HeadNorm, Layer, Linear
-from .llama import LlamaBlock, LlamaTrunk, Rotary, common_args
+from .llama import LlamaBlock, LlamaTrunk, Rotary, TrunkModel, common_args
 from .rope import Rope, rope_settings
 
 LATENT_EPS = 1e-6
@@ -215,7 +215,7 @@ class DeepseekV3Experts(nn.Module):
         return routed + self.shared_experts(x)
 
 
-class DeepseekV3Model(Model):
+class DeepseekV3Model(TrunkModel):
     def __init__(self, fields: Fields, build: Build) -> None:
         super().__init__()
         self.args = args = DeepseekV3Args.read(fields)
@@ -246,10 +246,6 @@ class DeepseekV3Model(Model):
         for block in self.model.layers:
             x, residual = block(x, residual, rotary, step)
         return self.model.norm.add(x, residual)[0]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        head = self.model.embed_tokens.project if self.lm_head is None else self.lm_head
-        return head(hidden).float()
 
     def placement(self, name: str) -> Placement | None:
         """The layers behind the last predict a second token; they are known and not used."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..common.checkpoint.fields import Fields
 from ..platforms.interface_attention import AttentionSpec
-from .base import Attend, Model
+from .base import Attend
 from .layers import Build, GatedMLP, HeadNorm, Linear, Norm
-from .llama import LlamaArgs, LlamaTrunk, Rotary, common_args
+from .llama import LlamaArgs, LlamaTrunk, Rotary, TrunkModel, common_args
 from .qwen3 import Qwen3Attention
 from .rope import Rope, rope_settings
 from .windows import FULL, SLIDING, layer_types, window_sizes
@@ -91,7 +91,7 @@ class Gemma3Block(nn.Module):
         return self.post_feedforward_layernorm(self.mlp(x)), residual
 
 
-class Gemma3Model(Model):
+class Gemma3Model(TrunkModel):
     def __init__(self, fields: Fields, build: Build) -> None:
         super().__init__()
         args = Gemma3Args.read(fields)
@@ -121,8 +121,7 @@ class Gemma3Model(Model):
         return self.model.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        head = self.model.embed_tokens.project if self.lm_head is None else self.lm_head
-        logits: Tensor = head(hidden).float()
+        logits = super().logits(hidden)
         cap = self.args.logit_cap
         return cap * torch.tanh(logits / cap) if cap else logits
 

@@ -154,7 +154,18 @@ class LlamaTrunk(nn.Module):
         self.norm = Norm(args.width, args.eps, build, norm_offset)
 
 
-class LlamaModel(Model):
+class TrunkModel(Model):
+    """A trunk and the head above it, which may be the embedding's matrix."""
+
+    model: LlamaTrunk
+    lm_head: Linear | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        head = self.model.embed_tokens.project if self.lm_head is None else self.lm_head
+        return head(hidden).float()
+
+
+class LlamaModel(TrunkModel):
     """Relatives override `args_class`, `attention_class` or `make_mlp`."""
 
     args_class: type[LlamaArgs] = LlamaArgs
@@ -186,10 +197,6 @@ class LlamaModel(Model):
         for block in self.model.layers:
             x, residual = block(x, residual, rotary, step)
         return self.model.norm.add(x, residual)[0]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        head = self.model.embed_tokens.project if self.lm_head is None else self.lm_head
-        return head(hidden).float()
 
 
 def common_args(fields: Fields, inner: int | None = None) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from ..common.images.patches import Grid
 from ..platforms.interface import ImageInput
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
-from .base import Attend, Model, Placement, Step, layer_of
+from .base import Attend, Placement, Step, layer_of
 from .experts import Experts, SigmoidRouter
 from .layers import Build, GatedMLP, HeadNorm, Layer, Linear
-from .llama import LlamaBlock, LlamaTrunk, Rotary, common_args
+from .llama import LlamaBlock, LlamaTrunk, Rotary, TrunkModel, common_args
 from .rope import Rope, rope_settings
 from .step3p7_vision import MERGE, Step3p7Vision, tower_name, vision_args
 from .vision import ImageRows
@@ -259,7 +259,7 @@ class Step3p7Experts(nn.Module):
         return routed + self.shared_experts(x)
 
 
-class Step3p7Model(Model):
+class Step3p7Model(TrunkModel):
     def __init__(self, fields: Fields, build: Build) -> None:
         super().__init__()
         self.args = args = Step3p7Args.read(fields)
@@ -308,10 +308,6 @@ class Step3p7Model(Model):
         for kind, block in zip(self.args.types, self.model.layers, strict=True):
             x, residual = block(x, residual, rotary[kind], step)
         return self.model.norm.add(x, residual)[0]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        head = self.model.embed_tokens.project if self.lm_head is None else self.lm_head
-        return head(hidden).float()
 
     def placement(self, name: str) -> Placement | None:
         """Layers behind the last predict a second token; they are known and not used. Checkpoints
