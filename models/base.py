@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -65,6 +66,15 @@ class Placement:
 
     parameter: str
     index: tuple[int | slice, ...] = ()
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def layer_of(name: str) -> int:
+    """The layer that a canonical tensor name belongs to; -1: none."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else -1
 
 
 class Model(nn.Module):

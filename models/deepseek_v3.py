@@ -7,28 +7,25 @@ multiplied into the latent space, in which one vector per token is key and value
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from torch import Tensor, nn
 
 from ..common.checkpoint.fields import Fields
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
 from ..platforms.interface_kv import CacheNeed, KVKind
-from .base import Model, Placement, Step
-from .experts import Experts, expert_placement
+from .base import Placement, Step, layer_of
+from .experts import Experts, SigmoidRouter, expert_placement
 from .layers import Build, GatedMLP, HeadNorm, Layer, Linear
-from .llama import LlamaBlock, LlamaTrunk, Rotary, common_args
+from .llama import LlamaBlock, LlamaTrunk, Rotary, TrunkModel, common_args
 from .rope import Rope, rope_settings
 
 LATENT_EPS = 1e-6
 """Of the two norms inside attention, whatever rms_norm_eps is."""
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,42 +188,22 @@ class LatentAttention(Layer):
         yield build.problem("latent_attention", **sizes)
 
 
-class GroupedRouter(Layer):
-    """Sigmoid scores; a bias and groups steer the choice only. A float32 product: rounded logits
-    would choose others."""
-
-    def __init__(self, args: DeepseekV3Args, build: Build) -> None:
-        super().__init__(build)
-        self.weight = build.parameter(args.experts, args.width)
-        self.e_score_correction_bias = build.parameter(args.experts, dtype=torch.float32)
-        self.args = args
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        args = self.args
-        logits = F.linear(x.float(), self.weight.float())
-        weights, experts = self.ops.moe_route(
-            logits,
-            "sigmoid",
-            args.top_k,
-            args.renormalise,
-            scale=args.route_scale,
-            bias=self.e_score_correction_bias,
-            groups=args.groups,
-            kept_groups=args.kept_groups,
-        )
-        return weights, experts
-
-    def problems(self) -> Iterable[Problem]:
-        yield self.build.problem("moe_route", experts=self.args.experts, top_k=self.args.top_k)
-
-
 class DeepseekV3Experts(nn.Module):
     """A layer's mixture. Every token takes the shared experts, as one MLP, at weight 1."""
 
     def __init__(self, args: DeepseekV3Args, build: Build) -> None:
         super().__init__()
         self.ops = build.ops
-        self.gate = GroupedRouter(args, build)
+        self.gate = SigmoidRouter(
+            args.width,
+            args.experts,
+            args.top_k,
+            build,
+            renormalise=args.renormalise,
+            scale=args.route_scale,
+            groups=args.groups,
+            kept_groups=args.kept_groups,
+        )
         sizes = args.experts, args.expert_inner, args.width
         self.experts = Experts(*sizes, build, "moe_experts")
         self.shared_experts = GatedMLP(args.width, args.shared * args.expert_inner, build)
@@ -238,7 +215,7 @@ class DeepseekV3Experts(nn.Module):
         return routed + self.shared_experts(x)
 
 
-class DeepseekV3Model(Model):
+class DeepseekV3Model(TrunkModel):
     def __init__(self, fields: Fields, build: Build) -> None:
         super().__init__()
         self.args = args = DeepseekV3Args.read(fields)
@@ -270,13 +247,8 @@ class DeepseekV3Model(Model):
             x, residual = block(x, residual, rotary, step)
         return self.model.norm.add(x, residual)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        head = self.model.embed_tokens.project if self.lm_head is None else self.lm_head
-        return head(hidden).float()
-
     def placement(self, name: str) -> Placement | None:
         """The layers behind the last predict a second token; they are known and not used."""
-        found = _LAYER.match(name)
-        if found and int(found[1]) >= self.args.layers:
+        if layer_of(name) >= self.args.layers:
             return None
         return expert_placement(name, self.args.expert_inner)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from torch import Tensor, nn
 
 from ..common.checkpoint.block_floats import StoredMatrix
@@ -22,6 +24,41 @@ class Router(Linear):
     saved."""
 
     rounds_on_load = False
+
+
+class SigmoidRouter(Layer):
+    """Sigmoid scores; a bias and groups steer the choice only (DeepSeek-V3 report, section 2.1.2).
+    A float32 product: rounded logits would choose others."""
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        top_k: int,
+        build: Build,
+        *,
+        renormalise: bool = True,
+        scale: float = 1.0,
+        groups: int = 1,
+        kept_groups: int = 1,
+    ) -> None:
+        super().__init__(build)
+        self.weight = build.parameter(experts, width)
+        self.e_score_correction_bias = build.parameter(experts, dtype=torch.float32)
+        self.top_k = top_k
+        self.renormalise = renormalise
+        self.how = {"scale": scale, "groups": groups, "kept_groups": kept_groups}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (T, width) -> weights and experts (T, top_k)."""
+        logits = F.linear(x.float(), self.weight.float())
+        form = logits, "sigmoid", self.top_k, self.renormalise
+        bias = self.e_score_correction_bias
+        weights, experts = self.ops.moe_route(*form, bias=bias, **self.how)
+        return weights, experts
+
+    def problems(self) -> Iterable[Problem]:
+        yield self.build.problem("moe_route", experts=len(self.weight), top_k=self.top_k)
 
 
 class ExpertStack(Layer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..common.checkpoint.fields import Fields
 from ..platforms.interface_attention import AttentionSpec
-from .base import Attend, Model
-from .layers import Build, Embedding, GatedMLP, HeadNorm, Linear, Norm
-from .llama import LlamaArgs, Rotary, common_args
+from .base import Attend
+from .layers import Build, GatedMLP, HeadNorm, Linear, Norm
+from .llama import LlamaArgs, LlamaTrunk, Rotary, TrunkModel, common_args
 from .qwen3 import Qwen3Attention
 from .rope import Rope, rope_settings
 from .windows import FULL, SLIDING, layer_types, window_sizes
@@ -91,15 +91,7 @@ class Gemma3Block(nn.Module):
         return self.post_feedforward_layernorm(self.mlp(x)), residual
 
 
-class Gemma3Trunk(nn.Module):
-    def __init__(self, blocks: Iterable[nn.Module], args: Gemma3Args, build: Build) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(args.vocabulary, args.width, build, args.tied)
-        self.layers = nn.ModuleList(blocks)
-        self.norm = Norm(args.width, args.eps, build, _ONE)
-
-
-class Gemma3Model(Model):
+class Gemma3Model(TrunkModel):
     def __init__(self, fields: Fields, build: Build) -> None:
         super().__init__()
         args = Gemma3Args.read(fields)
@@ -107,7 +99,7 @@ class Gemma3Model(Model):
         attentions = [Gemma3Attention(args, i, build) for i in range(args.layers)]
         self._specs = [attention.spec for attention in attentions]
         blocks = (Gemma3Block(attention, args, build) for attention in attentions)
-        self.model = Gemma3Trunk(blocks, args, build)
+        self.model = LlamaTrunk(blocks, args, build, _ONE)
         self.lm_head = None if args.tied else Linear(args.width, args.vocabulary, build)
         self.ropes = nn.ModuleDict(
             {
@@ -129,8 +121,7 @@ class Gemma3Model(Model):
         return self.model.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        head = self.model.embed_tokens.project if self.lm_head is None else self.lm_head
-        logits: Tensor = head(hidden).float()
+        logits = super().logits(hidden)
         cap = self.args.logit_cap
         return cap * torch.tanh(logits / cap) if cap else logits
 

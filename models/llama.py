@@ -116,12 +116,19 @@ class LlamaBlock(nn.Module):
     """One layer. The residual stream and the last branch travel apart, so that each addition and
     the norm after it are one op."""
 
-    def __init__(self, attention: nn.Module, mlp: nn.Module, args: TrunkArgs, build: Build) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        mlp: nn.Module,
+        args: TrunkArgs,
+        build: Build,
+        norm_offset: float = 0.0,
+    ) -> None:
         super().__init__()
         self.self_attn = attention
         self.mlp = mlp
-        self.input_layernorm = Norm(args.width, args.eps, build)
-        self.post_attention_layernorm = Norm(args.width, args.eps, build)
+        self.input_layernorm = Norm(args.width, args.eps, build, norm_offset)
+        self.post_attention_layernorm = Norm(args.width, args.eps, build, norm_offset)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, rotary: Rotary, attend: Attend
@@ -134,14 +141,31 @@ class LlamaBlock(nn.Module):
 class LlamaTrunk(nn.Module):
     """The part that checkpoints call `model`."""
 
-    def __init__(self, blocks: Iterable[nn.Module], args: TrunkArgs, build: Build) -> None:
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        args: TrunkArgs,
+        build: Build,
+        norm_offset: float = 0.0,
+    ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(args.vocabulary, args.width, build, args.tied)
         self.layers = nn.ModuleList(blocks)
-        self.norm = Norm(args.width, args.eps, build)
+        self.norm = Norm(args.width, args.eps, build, norm_offset)
 
 
-class LlamaModel(Model):
+class TrunkModel(Model):
+    """A trunk and the head above it, which may be the embedding's matrix."""
+
+    model: LlamaTrunk
+    lm_head: Linear | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        head = self.model.embed_tokens.project if self.lm_head is None else self.lm_head
+        return head(hidden).float()
+
+
+class LlamaModel(TrunkModel):
     """Relatives override `args_class`, `attention_class` or `make_mlp`."""
 
     args_class: type[LlamaArgs] = LlamaArgs
@@ -173,10 +197,6 @@ class LlamaModel(Model):
         for block in self.model.layers:
             x, residual = block(x, residual, rotary, step)
         return self.model.norm.add(x, residual)[0]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        head = self.model.embed_tokens.project if self.lm_head is None else self.lm_head
-        return head(hidden).float()
 
 
 def common_args(fields: Fields, inner: int | None = None) -> dict[str, Any]:

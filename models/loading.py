@@ -40,6 +40,7 @@ from .qwen3_5_moe import Qwen35MoeModel
 from .qwen3_moe import Qwen3MoeModel
 from .safetensors_weights import SafetensorsWeights
 from .stale_matrices import origin_of
+from .step3p7 import Step3p7Model
 
 FAMILIES: dict[str, Callable[..., Model]] = {
     "llama": LlamaModel,
@@ -53,14 +54,17 @@ FAMILIES: dict[str, Callable[..., Model]] = {
     "gpt_oss": GptOssModel,
     "deepseek_v3": DeepseekV3Model,
     "deepseek_v4": DeepseekV4Model,
+    "step3p5": Step3p7Model,
 }
 """Model type -> class, called with (fields, build)."""
 
 _TEXT_PREFIX = re.compile(r"(?:language_model\.model|model\.language_model|model)\.")
 _HEAD_PREFIX = "language_model.lm_head."
 # Parts of multimodal checkpoints that a text model has no use for.
-_VISION_PREFIX = re.compile(r"(?:model\.)?visual\.")
-_OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|visual)\.")
+_VISION_PREFIX = re.compile(r"(?:model\.)?(?:visual|vision_model)\.|(?=vit_large_projector\.)")
+_OTHER_PARTS = re.compile(
+    r"(model\.)?(vision_tower|vision_model|multi_modal_projector|visual|vit_large_projector)\."
+)
 
 
 class WeightSource(Protocol):

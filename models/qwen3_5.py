@@ -19,9 +19,9 @@ from ..platforms.interface import ImageInput
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
 from ..platforms.interface_kv import CacheNeed, KVKind, StateArray
-from .base import Attend, Model, Placement, Step, attention_need
-from .layers import Build, Embedding, GatedMLP, HeadNorm, Layer, Linear, Norm
-from .llama import Rotary, common_args
+from .base import Attend, Placement, Step, attention_need
+from .layers import Build, GatedMLP, HeadNorm, Layer, Linear, Norm
+from .llama import LlamaTrunk, Rotary, TrunkModel, common_args
 from .qwen3_5_vision import Qwen35Vision, vision_fields
 from .rope import MultiAxisRope, rope_settings
 from .vision import ImageRows
@@ -217,15 +217,7 @@ class Qwen35Block(nn.Module):
         return self.mlp(x), residual
 
 
-class Qwen35Trunk(nn.Module):
-    def __init__(self, blocks: Iterable[nn.Module], args: Qwen35Args, build: Build) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(args.vocabulary, args.width, build, args.tied)
-        self.layers = nn.ModuleList(blocks)
-        self.norm = Norm(args.width, args.eps, build, _ONE)
-
-
-class Qwen35Model(Model):
+class Qwen35Model(TrunkModel):
     args_class: type[Qwen35Args] = Qwen35Args
 
     def __init__(self, fields: Fields, build: Build) -> None:
@@ -240,7 +232,7 @@ class Qwen35Model(Model):
             Qwen35Block(kind, mixer, self.make_mlp(args, build), args, build)
             for kind, mixer in zip(args.types, self._mixers, strict=True)
         )
-        self.model = Qwen35Trunk(blocks, args, build)
+        self.model = LlamaTrunk(blocks, args, build, _ONE)
         self.lm_head = None if args.tied else Linear(args.width, args.vocabulary, build)
         self.rope = MultiAxisRope(args.rope, args.head_dim, build)
         seen = vision_fields(fields)
@@ -277,10 +269,6 @@ class Qwen35Model(Model):
         for block in self.model.layers:
             x, residual = block(x, residual, rotary, step)
         return self.model.norm.add(x, residual)[0]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        head = self.model.embed_tokens.project if self.lm_head is None else self.lm_head
-        return head(hidden).float()
 
     def placement(self, name: str) -> Placement | None:
         """The head that predicts a second token is known and not used."""

@@ -80,13 +80,14 @@ class TowerLinear(Linear):
 
 
 class LayerNorm(Layer):
-    def __init__(self, width: int, build: Build) -> None:
+    def __init__(self, width: int, build: Build, eps: float = EPS) -> None:
         super().__init__(build)
         self.weight = build.parameter(width)
         self.bias = build.parameter(width)
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.ops.layer_norm(x, self.weight, self.bias, EPS)
+        result: Tensor = self.ops.layer_norm(x, self.weight, self.bias, self.eps)
         return result
 
     def problems(self) -> Iterable[Problem]:
@@ -126,11 +127,18 @@ class Positions(Embedding):
         self.side = args.side
 
     def resampled(
-        self, places: NDArray[np.int64], sizes: NDArray[np.int64], device: torch.device
+        self,
+        places: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        device: torch.device,
+        corners: bool = True,
     ) -> Tensor:
         """places and sizes (2, N): row and column of each patch, and of how many -> (N, width)
-        float32, bilinear between the four nearest, corner to corner."""
+        float32, bilinear between the four nearest: the centres of the patches in the corners lie
+        on each other, or (without `corners`) the squares' outer edges do."""
         exact = places * (self.side - 1) / np.maximum(sizes - 1, 1)
+        if not corners:
+            exact = np.maximum((places + 0.5) * self.side / sizes - 0.5, 0.0)
         low = np.floor(exact).astype(np.int64)
         share = (exact - low).astype(np.float32)
         both = np.stack([low, np.minimum(low + 1, self.side - 1)])  # (2, axis, N)

@@ -140,11 +140,13 @@ class EngineSpec:
 class ImageInput:
     """How a loaded model takes images: each is a run of `token_id` in the prompt, one per block of
     merge x merge patches. Patches are rows of `patch_values` float32, as `common/images` cuts them.
-    Rotary positions of such a prompt are those of `common/images/positions.py`."""
+    Rotary positions of such a prompt are those of `common/images/positions.py`, or with
+    `sequential` those of a text of as many tokens."""
 
     token_id: int
     merge: int
     patch_values: int
+    sequential: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,16 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_text": _QWEN3_5,
     "qwen3_5_moe_text": {**_QWEN3_5, "num_experts": 256, "num_experts_per_tok": 8},
+    "step3p5": {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 128000,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "n_routed_experts": 288,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 1280,
+        "share_expert_dim": 1280,
+    },
     "gemma3_text": {
         "vocab_size": 262208,
         "rms_norm_eps": 1e-6,
@@ -61,6 +71,7 @@ _TEXT_TYPES = {
     "gemma3": "gemma3_text",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
+    "step3p7": "step3p5",
 }
 """Model type of the text part where a multimodal configuration does not say it."""
 

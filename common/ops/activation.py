@@ -24,13 +24,20 @@ def gelu_tanh_mul(gate: F32, up: F32) -> F32:
     return (0.5 * wide * (1.0 + np.tanh(inner)) * up).astype(np.float32)
 
 
-def clamped_swiglu(gate: F32, up: F32, limit: float, slope: float, offset: float) -> F32:
+def clamped_swiglu(
+    gate: F32, up: F32, limit: float, slope: float, offset: float, clamp_after: bool = False
+) -> F32:
     """gate, up (T, I) -> (u + offset) * g * sigmoid(slope * g) with g = min(gate, limit) and
-    u = clip(up, -limit, limit). DeepSeek-V4: slope 1, offset 0; gpt-oss: slope 1.702, offset 1."""
-    g = np.minimum(gate.astype(np.float64), limit)
+    u = clip(up, -limit, limit). DeepSeek-V4: slope 1, offset 0; gpt-oss: slope 1.702, offset 1.
+
+    `clamp_after`: the gate's limit binds g * sigmoid(slope * g) instead of g (Step-3.5-Flash)."""
+    wide = gate.astype(np.float64)
+    g = wide if clamp_after else np.minimum(wide, limit)
     u = np.clip(up.astype(np.float64), -limit, limit)
     with np.errstate(over="ignore"):
-        return ((u + offset) * g / (1.0 + np.exp(-slope * g))).astype(np.float32)
+        opened = g / (1.0 + np.exp(-slope * g))
+    opened = np.minimum(opened, limit) if clamp_after else opened
+    return ((u + offset) * opened).astype(np.float32)
 
 
 def sigmoid_mul(gate: F32, x: F32) -> F32:
@@ -54,6 +61,8 @@ def clamped_cases(rng: np.random.Generator) -> Iterable[Case]:
         ]:
             form = {"limit": limit, "slope": slope, "offset": offset}
             yield Case(f"{case.name}_{name}", {**case.args, **form})
+        late = {"limit": 0.75, "slope": 1.0, "offset": 0.0, "clamp_after": True}
+        yield Case(f"{case.name}_clamped_after", {**case.args, **late})
     edges = np.array([[2.5, -2.5, 2.0, -2.0, 3e4, -3e4]], np.float32)
     form = {"limit": 2.0, "slope": 1.0, "offset": 0.0}
     yield Case("at_the_limit", {"gate": edges, "up": edges[:, ::-1].copy(), **form})

@@ -25,13 +25,16 @@ def moe_experts(
     limit: float = 0.0,
     slope: float = 1.0,
     offset: float = 0.0,
+    clamp_after: bool = False,
 ) -> F32:
     """x (T, H), experts (T, k) int, weights (T, k) float32, gate_up (E, 2I, H) with the gate rows
     first, down (E, H, I), gate_up_bias (E, 2I), down_bias (E, H) -> (T, H): the weighted sum of
     down(activation(gate(x), up(x))) over each token's experts.
 
-    The activation is `silu_mul`, or with a limit above 0 `clamped_swiglu(…, limit, slope, offset)`.
+    The activation is `silu_mul`, or with a limit above 0 `clamped_swiglu(…, limit, slope, offset,
+    clamp_after)`.
     """
+    form = limit, slope, offset, clamp_after
     result = np.zeros(x.shape, np.float64)
     inner = down.shape[2]
     for row in range(len(x)):
@@ -40,7 +43,7 @@ def moe_experts(
             if gate_up_bias is not None:
                 both = both + gate_up_bias[expert]
             gate, up = both[:inner], both[inner:]
-            hidden = clamped_swiglu(gate, up, limit, slope, offset) if limit else silu_mul(gate, up)
+            hidden = clamped_swiglu(gate, up, *form) if limit else silu_mul(gate, up)
             made = down[expert].astype(np.float64) @ hidden
             result[row] += weight * (made if down_bias is None else made + down_bias[expert])
     return result.astype(np.float32)
@@ -113,6 +116,7 @@ def experts_cases(rng: np.random.Generator) -> Iterable[Case]:
         ("odd", 9, 33, 17, 5, 3, False, {}),
         ("biased", 7, 24, 16, 6, 2, True, {}),
         ("clamped", 5, 16, 12, 4, 2, False, {"limit": 0.5}),
+        ("clamped_after", 5, 16, 12, 4, 2, False, {"limit": 0.25, "clamp_after": True}),
         ("sloped_and_biased", 5, 16, 12, 4, 2, True, gpt_oss),
         ("top_8", 40, 16, 8, 12, 8, False, {}),
     ]:

@@ -61,10 +61,12 @@ class RowImages:
 
     __slots__ = ("_places", "_shift", "spans")
 
-    def __init__(self, spans: Sequence[Span], length: int, merge: int) -> None:
-        """`length`: tokens of the prompt."""
+    def __init__(
+        self, spans: Sequence[Span], length: int, merge: int, sequential: bool = False
+    ) -> None:
+        """`length`: tokens of the prompt. `sequential`: images' tokens count as text's do."""
         self.spans = tuple(spans)
-        grids = ((span.start, span.grid) for span in spans)
+        grids = [] if sequential else [(span.start, span.grid) for span in spans]
         self._places, self._shift = rotary_positions(length, grids, merge)
 
     def keys(self, prompt: I32) -> I32:
@@ -177,7 +179,7 @@ def check_images(
         end = image.start + tokens_of(image.grid, taken.merge)
         values = np.frombuffer(image.patches, np.float32).reshape(-1, taken.patch_values)
         spans.append(Span(image.start, end, keys.of(image.digest), image.grid, values))
-    return RowImages(spans, len(prompt), taken.merge)
+    return RowImages(spans, len(prompt), taken.merge, taken.sequential)
 
 
 def _problem(image: Image, prompt: I32, first: int, taken: ImageInput) -> str:

@@ -18,7 +18,16 @@ def sigmoid_mul(gate: Tensor, x: Tensor) -> Tensor:
     return (gate.float().sigmoid() * x).to(x.dtype)
 
 
-def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, slope: float, offset: float) -> Tensor:
-    g = gate.float().clamp(max=limit)
+def clamped_swiglu(
+    gate: Tensor,
+    up: Tensor,
+    limit: float,
+    slope: float,
+    offset: float,
+    clamp_after: bool = False,
+) -> Tensor:
+    g = gate.float() if clamp_after else gate.float().clamp(max=limit)
     u = up.float().clamp(-limit, limit)
-    return ((u + offset) * g * (slope * g).sigmoid()).to(gate.dtype)
+    opened = g * (slope * g).sigmoid()
+    opened = opened.clamp(max=limit) if clamp_after else opened
+    return ((u + offset) * opened).to(gate.dtype)

@@ -73,10 +73,11 @@ def moe_experts(
     limit: float = 0.0,
     slope: float = 1.0,
     offset: float = 0.0,
+    clamp_after: bool = False,
 ) -> Tensor:
     """Every expert is one pair of products over the rows that chose it; experts are visited in
     order and the visit reads their row counts on the host."""
-    top_k = experts.shape[1]
+    top_k, form = experts.shape[1], (limit, slope, offset, clamp_after)
     expert_of, order = torch.sort(experts.reshape(-1), stable=True)
     row_of = order // top_k
     factor = weights.float().reshape(-1)[order].unsqueeze(-1)
@@ -88,7 +89,7 @@ def moe_experts(
             rows = row_of[begin : begin + count]
             bias = None if gate_up_bias is None else gate_up_bias[expert]
             gate, up = F.linear(x[rows], gate_up[expert], bias).chunk(2, dim=-1)
-            inner = clamped_swiglu(gate, up, limit, slope, offset) if limit else silu_mul(gate, up)
+            inner = clamped_swiglu(gate, up, *form) if limit else silu_mul(gate, up)
             bias = None if down_bias is None else down_bias[expert]
             hidden = F.linear(inner, down[expert], bias)
             result.index_add_(0, rows, hidden.float() * factor[begin : begin + count])

@@ -131,6 +131,7 @@ FAULTS = {
     "logprobs_next_token": changed("logprobs", token_ids=lambda t: t // 2),
     "layer_norm_no_bias": changed("layer_norm", bias=lambda b: None),
     "clamped_swiglu_limit_beside": changed("clamped_swiglu", limit=lambda x: x * 1.01),
+    "clamped_swiglu_clamped_before": changed("clamped_swiglu", clamp_after=lambda late: False),
     "conv1d_update_state_turned": changed("conv1d_update", state=lambda s: np.roll(s, 1, 1)),
     "conv1d_update_stale_slot": changed("conv1d_update", context_lens=one_more),
     "gated_delta_decay_of_next_token": changed("gated_delta", a=lambda a: np.roll(a, -1, 0)),
@@ -139,6 +140,7 @@ FAULTS = {
     "moe_route_one_group_more": changed("moe_route", kept_groups=one_more),
     "moe_route_bias_forgotten": changed("moe_route", bias=lambda b: None),
     "moe_experts_expert_beside": changed("moe_experts", experts=lambda e: np.maximum(e - 1, 0)),
+    "moe_experts_clamped_before": changed("moe_experts", clamp_after=lambda late: False),
     "latent_attention_newest_missing": changed(
         "latent_attention", context_lens=lambda n: np.maximum(n - 1, 0)
     ),
