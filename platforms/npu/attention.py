@@ -58,6 +58,7 @@ class FusedInferAttention:
     serves both: the values' tensor is the keys', one block later."""
 
     name = "fused_infer"
+    page_size = PAGES[0]  # when the user names none
 
     def __init__(self, device: TorchDevice) -> None:
         self._device = device
