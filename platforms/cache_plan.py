@@ -99,7 +99,9 @@ class CachePlanner:
         context_length: int,
         budget: tuple[int, str],
         log: DecisionLog,
+        page_size: int = DEFAULT_PAGE_SIZE,
     ) -> None:
+        """`page_size`: tokens that pages have where nothing says otherwise."""
         self._spec = spec
         self._needs = needs
         self._kv_dtype = kv_dtype
@@ -107,12 +109,15 @@ class CachePlanner:
         self._budget, self._budget_reason = budget
         self._log = log
         ratios = [need.need.ratio for need in needs]
-        self._page_size = spec.page_size or lcm(DEFAULT_PAGE_SIZE, *ratios)
+        self._page_size = spec.page_size or lcm(page_size, *ratios)
+        self._usual = page_size
 
     def plan(self) -> CachePlan:
         """Raises OutOfMemory with numbers, ConfigError for limits beyond the model's."""
         because = "short pages share more of a prefix; gathers stay long"
-        if self._page_size != DEFAULT_PAGE_SIZE:
+        if self._usual != DEFAULT_PAGE_SIZE:
+            because = "what the attention kernel's pages have"
+        if self._page_size != self._usual:
             because = "the least with no room for compressed entries to waste"
         if self._spec.page_size is not None:
             because = "set by the user"

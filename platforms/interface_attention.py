@@ -38,6 +38,9 @@ class AttentionBackend(Protocol):
 
     A captured step holds the calls of `run` and nothing else. Its plans are bound to buffers that
     were reserved once, so that the recording finds each new plan where it found the first.
+
+    An attribute `page_size`, where it has one, is how many tokens pages have unless the user names
+    a number.
     """
 
     @property

@@ -1,8 +1,9 @@
-"""Huawei Ascend NPUs through torch_npu and CANN: generic kernels only, so far."""
+"""Huawei Ascend NPUs through torch_npu and CANN."""
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from ..interface import (
     Accelerator,
@@ -29,6 +30,9 @@ from ..judgement import (
     torch_lacks,
 )
 from ..recorded_device import no_interpreter, present
+
+if TYPE_CHECKING:
+    from ..torch_runtime.device import TorchDevice
 
 CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
 CANN_PAGE = "https://www.hiascend.com/cann"
@@ -116,19 +120,27 @@ class NPUPlatform:
     def supports(self, feature: str, facts: DeviceFacts) -> Support:
         return generic_support(feature)
 
-    def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
-        from ..torch_runtime.executor import TorchExecutor
+    def device(self, facts: DeviceFacts, index: int) -> TorchDevice:
+        """Imports torch_npu, which registers the device with torch."""
         from .device import NPUDevice
 
-        return TorchExecutor(spec, NPUDevice(facts, f"npu:{spec.device_index}"))
+        return NPUDevice(facts, f"npu:{index}")
+
+    def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
+        from ..torch_runtime.executor import TorchExecutor
+        from .kernels import register
+
+        device = self.device(facts, spec.device_index)
+        return TorchExecutor(spec, device, lambda registry: register(registry, device))
 
     def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
         if interpreted:
             raise no_interpreter(self.name)
         from ..torch_runtime.conformance import device_suite
-        from .device import NPUDevice
+        from .kernels import register
 
-        return device_suite(NPUDevice(present(facts, self.name), "npu:0"))
+        device = self.device(present(facts, self.name), 0)
+        return device_suite(device, lambda registry: register(registry, device))
 
 
 PLATFORM = NPUPlatform()

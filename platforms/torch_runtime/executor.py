@@ -11,7 +11,7 @@ from ...common.ops.registry import KernelRegistry
 from ...models.base import Model
 from ...models.quantization import FLOATS, has_quantised
 from ...models.quantization import weight_bytes as bytes_of_weights
-from ..cache_plan import CachePlan, CachePlanner, GroupNeed, gib, group_needs
+from ..cache_plan import DEFAULT_PAGE_SIZE, CachePlan, CachePlanner, GroupNeed, gib, group_needs
 from ..device_thread import DeviceThread
 from ..interface import Decision, EngineSpec, ExecutorInfo, LoadProgress, Status, Support
 from ..interface_attention import AttentionBackend, AttentionSpec
@@ -117,7 +117,8 @@ class TorchExecutor:
         needs = group_needs(model.cache_needs())
         weight_bytes, budget = self._memory(model)
         kv_dtype = next((s.stored_dtype for s in specs if s), dtype)
-        planner = CachePlanner(spec, needs, kv_dtype, source.context_length, budget, log)
+        size = getattr(attention, "page_size", DEFAULT_PAGE_SIZE)
+        planner = CachePlanner(spec, needs, kv_dtype, source.context_length, budget, log, size)
         plan = planner.plan()
         packed = source.load(model, device.to_device, progress)
         if packed is not None:

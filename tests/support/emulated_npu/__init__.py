@@ -1,0 +1,43 @@
+"""An emulator of `torch_npu` on CPU tensors: the ops that `platforms/npu` calls, behind the real
+schemas, with the argument checks of their documentation.
+
+Parameters and defaults are those of torch_npu 2.13.0's registered schemas. What is checked is what
+the pages of Ascend's op-plugin repository say (`docs/context/torch_npu-<op>.md`) for the Atlas A2
+and A3 products (910B, 910C); each op names its page. Where a page is silent, the emulator refuses:
+an argument is used here only as documented. Arithmetic is float32, rounded once, so a pass says
+that calls are well formed and mean the right thing, and nothing of the device's own numerics.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from .attention import npu_fused_infer_attention_score
+from .cache import npu_scatter_pa_kv_cache
+from .checks import NPUError
+from .pointwise import npu_add_rms_norm, npu_rms_norm, npu_swiglu
+
+__all__ = ["OPS", "NPUError", "install", "module"]
+
+OPS = (
+    npu_add_rms_norm,
+    npu_fused_infer_attention_score,
+    npu_rms_norm,
+    npu_scatter_pa_kv_cache,
+    npu_swiglu,
+)
+
+
+def module() -> ModuleType:
+    emulator = ModuleType("torch_npu")
+    for op in OPS:
+        setattr(emulator, op.__name__, op)
+    return emulator
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the time of a test, `import torch_npu` gives the emulator."""
+    monkeypatch.setitem(sys.modules, "torch_npu", module())
