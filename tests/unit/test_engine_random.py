@@ -114,7 +114,7 @@ def test_crowds_on_a_small_cache(size: int, context: int, preempted: int, evicti
             max_step_tokens=40,
             overlap=number != 3,
         )
-        count = 15 if shape in RECURRENT_SHAPES else 30  # they have a test of their own below
+        count = 10 if shape in RECURRENT_SHAPES else 22  # they have a test of their own below
         count //= 1 + size // 128  # the mock reads a whole context for each of its tokens
         requests = crowd(rng, info, count, 30)
         config = EngineConfig(eviction=eviction, overlap=number % 2 == 0)
