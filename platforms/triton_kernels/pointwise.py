@@ -42,7 +42,7 @@ def gate_kernel(
 @triton.jit
 def clamped_kernel(
     gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, limit, slope, offset,
-    BLOCK: tl.constexpr,
+    AFTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -50,9 +50,13 @@ def clamped_kernel(
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     # Comparisons, for a minimum would take the limit in place of NaN.
-    gate = tl.where(gate > limit, limit, gate)
+    if not AFTER:
+        gate = tl.where(gate > limit, limit, gate)
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    out = (up + offset) * gate / (1.0 + tl.exp(-slope * gate))
+    opened = gate / (1.0 + tl.exp(-slope * gate))
+    if AFTER:
+        opened = tl.where(opened > limit, limit, opened)
+    out = (up + offset) * opened
     tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -80,10 +84,16 @@ def gelu_tanh_mul(tuning: Tuning, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def clamped_swiglu(
-    tuning: Tuning, gate: Tensor, up: Tensor, limit: float, slope: float, offset: float
+    tuning: Tuning,
+    gate: Tensor,
+    up: Tensor,
+    limit: float,
+    slope: float,
+    offset: float,
+    clamp_after: bool = False,
 ) -> Tensor:
     form = {"limit": limit, "slope": slope, "offset": offset}
-    return _gate(tuning, clamped_kernel, gate, up, **form)
+    return _gate(tuning, clamped_kernel, gate, up, **form, AFTER=clamp_after)
 
 
 def _gate(tuning: Tuning, kernel: Any, gate: Tensor, up: Tensor, **form: float) -> Tensor:
