@@ -1,7 +1,7 @@
 """The demo model in the forms that peers read: a Hugging Face directory in float32, and GGUF files
-in float32, in Q8_0 (made from the same values) and as it is distributed (Q4_1).
+in float32, in bfloat16 and Q8_0 (made from the same values) and as it is distributed (Q4_1).
 
-python ci/bench/demo_model.py FOLDER    -> FOLDER/hf, FOLDER/demo-{f32,q8_0,q4_1}.gguf
+python ci/bench/demo_model.py FOLDER    -> FOLDER/hf, FOLDER/demo-{f32,bf16,q8_0,q4_1}.gguf
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Ll
 
 FILE_TYPES = {
     GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
 }
 """What the header says of the tensors; OpenVINO GenAI goes by it."""
@@ -65,7 +66,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     source = resolve_model("")
-    for kind in (GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0):
+    for kind in FILE_TYPES:
         target = folder / f"demo-{kind.name.lower()}.gguf"
         if not target.exists():
             write_gguf(source, target, kind)

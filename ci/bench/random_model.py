@@ -83,6 +83,7 @@ def _tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_token_list(tokens + [f"<|unused_{i}|>" for i in range(unused)])
     writer.add_token_types(kinds + [gguf.TokenType.UNUSED] * unused)
     writer.add_token_merges(strings("merges"))
+    writer.add_chat_template(bytes(fields["tokenizer.chat_template"].parts[-1]).decode("utf-8"))
     writer.add_eos_token_id(number("eos_token_id"))
     writer.add_bos_token_id(number("bos_token_id"))
 

@@ -132,10 +132,13 @@ class TorchExecutor:
         return self._info(source, model, plan, dtype, weight_bytes, log)
 
     def _dtype(self, source: ModelSource, log: DecisionLog) -> str:
-        if self._spec.dtype is not None:
-            log.add("dtype", self._spec.dtype, "set by the user")
-            return self._spec.dtype
         dtype, because = self._device.default_dtype(source.stored_dtype)
+        named = self._spec.dtype
+        if named is not None:
+            native = named in self._device.facts.dtypes
+            slow = f", slow on this device: without --dtype it computes in {dtype}"
+            log.add("dtype", named, "set by the user" + ("" if native else slow))
+            return named
         log.add("dtype", dtype, because)
         return dtype
 

@@ -173,6 +173,9 @@ def _serve_with(early: EarlyEngine, config: EngineConfig, flags: dict[str, Any])
         return serve(options, listener, _Terminal(options), early)
 
 
+NO_CHAT = "It has no chat template (--chat-template gives it one), so it completes text; paste:"
+
+
 class _Terminal:
     """Reports to the person who typed the command."""
 
@@ -190,11 +193,13 @@ class _Terminal:
     def ready(self, service: Service, address: str) -> None:
         if sys.stderr.isatty():
             click.echo("\r\033[K", err=True, nl=False)
-        ready = service.loaded.ready
+        loaded = service.loaded
+        chats = loaded.tokenizer.chat_template is not None
+        what = "Open it in a browser to chat, or paste:" if chats else NO_CHAT
         click.echo(
-            f"Sixfold serves {service.model} on {ready.platform} at {address} "
-            f"(context {ready.max_context}). Open it in a browser to chat, or paste:\n\n"
-            f"{_curl(service.model, address, bool(self._options.http.api_keys))}\n"
+            f"Sixfold serves {service.model} on {loaded.ready.platform} at {address} "
+            f"(context {loaded.ready.max_context}). {what}\n\n"
+            f"{_curl(service.model, address, bool(self._options.http.api_keys), chats)}\n"
         )
 
     def failed(self, sentence: str) -> None:
@@ -206,14 +211,16 @@ class _Terminal:
         click.echo(f"Stopping: {sequences} running sequence(s) may finish.", err=True)
 
 
-def _curl(model: str, address: str, key: bool) -> str:
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "temperature": 0,
-    }
+def _curl(model: str, address: str, key: bool, chats: bool) -> str:
+    body: dict[str, object] = {"model": model}
+    if chats:
+        body["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
+    else:
+        body |= {"prompt": "The capital of France is", "max_tokens": 16}
+    body["temperature"] = 0
+    path = "chat/completions" if chats else "completions"
     header = " -H 'Authorization: Bearer YOUR_KEY'" if key else ""
     return (
-        f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{header} "
+        f"curl {address}/v1/{path} -H 'Content-Type: application/json'{header} "
         f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
     )

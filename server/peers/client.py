@@ -18,6 +18,8 @@ SAME_READ_S = 0.0002
 
 TIMEOUT_S = 1800.0
 
+REFUSALS = frozenset({400, 401, 403, 422})
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -30,6 +32,7 @@ class Reply:
     arrivals: tuple[float, ...]
     total_s: float
     error: str | None
+    refused: bool = False  # the request itself was at fault: asking again gives the same
 
     @property
     def first_s(self) -> float:
@@ -94,6 +97,7 @@ async def ask(
             else:
                 text = (await answer.aread()).decode("utf-8", "replace")
                 reading.error = f"HTTP {answer.status_code}: {text[:300]}"
+                reading.refused = answer.status_code in REFUSALS
     except (httpx.HTTPError, ValueError) as error:
         reading.error = f"{type(error).__name__}: {error}".rstrip(": ")
     return reading.reply()
@@ -109,6 +113,7 @@ class _Reading:
         self._usage: dict[str, Any] = {}
         self._finished = False
         self.error: str | None = None
+        self.refused = False
 
     def take(self, event: dict[str, Any]) -> None:
         if event.get("error"):
@@ -140,6 +145,7 @@ class _Reading:
             arrivals=tuple(self._arrivals),
             total_s=time.perf_counter() - self._begun,
             error=self.error,
+            refused=self.refused,
         )
 
 

@@ -67,6 +67,8 @@ class Server:
                             code = self._popen.returncode
                             raise PeerFailed(self.failure(f"it ended with exit code {code}"))
                         reply = await ask(client, self.peer.api, self.peer.model, "Hi", 1)
+                        if reply.refused:
+                            raise PeerFailed(self.failure(f"it refuses to chat ({reply.error})"))
                         if error := reply.error:
                             await asyncio.sleep(POLL_S)
             except TimeoutError:

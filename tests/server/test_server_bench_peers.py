@@ -167,6 +167,18 @@ def test_launched_missing_and_failing_peers(
             httpx.get(peer["api"])
 
 
+def test_a_peer_that_refuses_to_chat_is_left_out_at_once(
+    launcher: Launcher, installed: Path, tmp_path: Path
+) -> None:
+    """It would refuse every request of the workloads, however long it is waited for."""
+    silent = write_toy_checkpoint(tmp_path / "silent", chat_template=None)
+    arguments = ["--peer-arg", "sixfold=--platform toy", "--workloads", "A", "--rounds", 1]
+    done = bench(launcher, tmp_path, silent, "--peers", "sixfold", *arguments)
+    assert done.code != 0
+    assert "it refuses to chat (HTTP 400" in done.err
+    assert "no chat template" in done.err
+
+
 def gone(process: psutil.Process) -> bool:
     try:
         return process.status() == psutil.STATUS_ZOMBIE

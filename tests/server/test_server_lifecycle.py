@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import threading
@@ -15,7 +16,8 @@ import httpx
 import openai
 import psutil
 import pytest
-from serving import Launcher, Running, until
+from serving import DEADLINE, Launcher, Running, until
+from toy_checkpoint import write_toy_checkpoint
 
 
 def long_body(server: Running, **fields: Any) -> dict[str, Any]:
@@ -274,6 +276,18 @@ def test_a_broken_step_ends_streams_and_server(
         assert "error" in json.loads(last.removeprefix("data: "))
         assert "Traceback" not in last
     assert server.exit_code() == 1
+
+
+def test_what_it_prints_to_paste_works(launcher: Launcher, toy_model: Path, tmp_path: Path) -> None:
+    """Also for a model that cannot chat: that one is told to complete."""
+    silent = write_toy_checkpoint(tmp_path / "silent", chat_template=None)
+    for model, path in ((toy_model, "/v1/chat/completions"), (silent, "/v1/completions")):
+        running = launcher.start(model, "--platform", "toy")
+        command = shlex.split(running.lines[-1])
+        assert command[1] == running.url + path
+        answer = httpx.post(command[1], json=json.loads(command[-1]), timeout=DEADLINE)
+        assert answer.json()["choices"], answer.text
+    assert "no chat template (--chat-template" in "".join(running.lines)
 
 
 def test_port_in_use_is_one_sentence(launcher: Launcher, toy_model: Path) -> None:

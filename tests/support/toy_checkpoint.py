@@ -33,7 +33,11 @@ def byte_characters() -> list[str]:
 
 
 def write_toy_checkpoint(
-    path: Path, script: str = "", max_context: int = 2048, sliding_window: int = 0
+    path: Path,
+    script: str = "",
+    max_context: int = 2048,
+    sliding_window: int = 0,
+    chat_template: str | None = CHAT_TEMPLATE,
 ) -> Path:
     """Write config.json, tokenizer.json, tokenizer_config.json into `path` (made if absent).
 
@@ -60,7 +64,7 @@ def write_toy_checkpoint(
         "script": script,
     }
     (path / "config.json").write_text(json.dumps(config, indent=1))
-    texts = {"eos_token": SPECIALS[0], "chat_template": CHAT_TEMPLATE, "add_bos_token": False}
+    texts = {"eos_token": SPECIALS[0], "chat_template": chat_template, "add_bos_token": False}
     (path / "tokenizer_config.json").write_text(json.dumps(texts, indent=1))
     return path
 

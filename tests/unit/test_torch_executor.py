@@ -13,6 +13,7 @@ from support.tiny_torch_model import (
     POISON_TOKEN,
     VOCAB,
     Driver,
+    cpu_facts,
     dense_greedy,
     dense_logits,
     tiny_executor,
@@ -302,7 +303,10 @@ def test_what_is_set_is_kept() -> None:
     assert info.groups[0].pages == 13 + 1
     assert info.max_context == 104  # what the cache can hold
     reasons = {d.what: d.because for d in info.decisions}
-    assert reasons["cache"] == reasons["dtype"] == reasons["page size"] == "set by the user"
+    assert reasons["cache"] == reasons["page size"] == "set by the user"
+    native = "bfloat16" in cpu_facts().dtypes
+    assert reasons["dtype"].startswith("set by the user")
+    assert ("slow on this device: without --dtype" in reasons["dtype"]) != native
 
 
 @pytest.mark.parametrize(
