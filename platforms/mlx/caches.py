@@ -7,10 +7,12 @@ hands it the new keys and values; a recurrent mixer reads and writes its arrays 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
+from ..interface_kv import KVGroup
 from .pools import LayerPages, LayerStates
 from .step_plan import PagePlan, StatePlan
 
@@ -89,3 +91,19 @@ class StateCache:
 
 
 Cache = PagedCache | StateCache
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """A cache group as the runner uses it: the pools of its layers, and what stands in for their
+    caches."""
+
+    group: KVGroup
+    pools: tuple[LayerPages | LayerStates, ...]
+    caches: tuple[Cache, ...]
+
+
+def bind(group: CacheGroup, plan: Any) -> None:
+    """Give the stand-ins of a group the plan of a step: pages' or states', as its kind is."""
+    for cache in group.caches:
+        cache.plan = plan

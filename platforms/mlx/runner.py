@@ -16,26 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..interface_kernels import KernelTable
-from ..interface_kv import KVGroup, KVKind
+from ..interface_kv import KVKind
 from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, Want
 from ..sampling_rows import select_rows
-from .caches import Cache, PagedCache, StateCache
-from .pools import LayerPages, LayerStates
+from .caches import Cache, CacheGroup, bind
+from .compiled_steps import CompiledSteps
 from .step_plan import Rows, pieces, plan_pages, plan_states
 from .trunk import SplitModel
 
 LOGITS_AT_ONCE = 1 << 24
 """Prompt log-probabilities are computed in slices of at most this many logits (64 MiB)."""
-
-
-@dataclass(frozen=True, slots=True)
-class CacheGroup:
-    """A cache group as the runner uses it: the pools of its layers, and what stands in for their
-    caches."""
-
-    group: KVGroup
-    pools: tuple[LayerPages | LayerStates, ...]
-    caches: tuple[Cache, ...]
 
 
 @dataclass(slots=True)
@@ -67,8 +57,10 @@ class MLXRunner:
         ops: KernelTable,
         max_rows: int,
         vocab_size: int,
+        compiled: CompiledSteps | None = None,
     ) -> None:
         self._model = model
+        self._compiled = compiled
         self._groups = tuple(groups)
         self._caches = list(caches)  # in the model's order of layers
         self._ops = ops
@@ -80,8 +72,7 @@ class MLXRunner:
         self._move(batch)
         hidden = []
         for rows in pieces(batch):
-            self._bind(rows)
-            hidden.append((rows, self._model.trunk(self._tokens(rows), self._caches)))
+            hidden.append((rows, self._hidden(rows)))
         started = Started(batch, began, np.flatnonzero(batch.want & Want.SAMPLE))
         if len(started.rows):
             self._sample(started, hidden)
@@ -120,18 +111,18 @@ class MLXRunner:
                     for pool in group.pools:
                         pool.copy([move.source], [move.target])
 
+    def _hidden(self, rows: Rows) -> mx.array:
+        """(R, S, width), or with more rows behind."""
+        tokens = self._tokens(rows)
+        if self._compiled is not None and self._compiled.serves(rows):
+            return self._compiled.run(rows, tokens)
+        self._bind(rows)
+        return self._model.trunk(tokens, self._caches)
+
     def _bind(self, rows: Rows) -> None:
         for group in self._groups:
-            if group.group.kind is KVKind.RECURRENT:
-                states = plan_states(rows, group.group)
-                for cache in group.caches:
-                    if isinstance(cache, StateCache):
-                        cache.plan = states
-            else:
-                pages = plan_pages(rows, group.group)
-                for cache in group.caches:
-                    if isinstance(cache, PagedCache):
-                        cache.plan = pages
+            recurrent = group.group.kind is KVKind.RECURRENT
+            bind(group, (plan_states if recurrent else plan_pages)(rows, group.group))
 
     def _tokens(self, rows: Rows) -> mx.array:
         """(R, S), rows padded with token 0."""

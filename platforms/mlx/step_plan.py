@@ -73,7 +73,7 @@ def pieces(batch: StepBatch) -> list[Rows]:
 
 @dataclass(slots=True)
 class PagePlan:
-    """One group's plan. `base` is the position of the first key read for each row."""
+    """One group's plan."""
 
     page_size: int
     offset: Any
@@ -82,8 +82,8 @@ class PagePlan:
     pages: I64  # (R, P) pages to read
     run: tuple[int, int] | None  # one row whose pages are neighbours: its slots as a range
     length: int | None  # one row: how many of the keys are its own
+    base: I64  # (R,) the position of the first key read
     _rows: Rows
-    _base: I64
     _masks: dict[tuple[int, bool], Any] = field(default_factory=dict)
     _indices: dict[Any, mx.array] = field(default_factory=dict)
 
@@ -97,18 +97,14 @@ class PagePlan:
         rows, width = self._rows, self._rows.width
         ends = rows.context + rows.counts
         if self.length is not None:
-            hidden = bool(window) and int(ends[0] - self._base[0]) > window
+            hidden = bool(window) and int(ends[0] - self.base[0]) > window
             if width == 1 and not hidden:
                 return None
             if not as_array and not hidden:
                 return "causal"
         keys = self.length if self.length is not None else self.pages.shape[1] * self.page_size
         query = mx.array((rows.context[:, None] + np.arange(width)).astype(np.int32))
-        first = mx.array(self._base.astype(np.int32))[:, None, None, None]
-        key = first + mx.arange(keys, dtype=mx.int32)[None, None, None]
-        query = query[:, None, :, None]
-        seen = key <= query
-        return seen & (key > query - window) if window else seen
+        return seen_by(query, mx.array(self.base.astype(np.int32)), keys, window)
 
     def index(self, name: str, heads: int, stride: int) -> mx.array:
         """`slots`, `begun` or `pages` for every head of a pool whose heads are `stride` apart:
@@ -119,6 +115,14 @@ class PagePlan:
             every = (np.arange(heads)[:, None] * stride + flat[None]).reshape(-1)
             self._indices[key] = mx.array(every.astype(np.uint32))
         return self._indices[key]
+
+
+def seen_by(query: mx.array, base: mx.array, keys: int, window: int) -> mx.array:
+    """query (R, S) positions; base (R,) the first key's -> (R, 1, S, keys) bool."""
+    key = base[:, None, None, None] + mx.arange(keys, dtype=mx.int32)[None, None, None]
+    query = query[:, None, :, None]
+    seen = key <= query
+    return seen & (key > query - window) if window else seen
 
 
 def plan_pages(rows: Rows, group: KVGroup) -> PagePlan:
@@ -147,7 +151,7 @@ def plan_pages(rows: Rows, group: KVGroup) -> PagePlan:
         if (np.diff(pages[0]) == 1).all():
             run = (int(pages[0, 0]) * size, int(pages[0, 0]) * size + length)
     offset = int(context[0]) if count == 1 else mx.array(context.astype(np.int32))
-    return PagePlan(size, offset, slots.reshape(-1), begun, pages, run, length, rows, first * size)
+    return PagePlan(size, offset, slots.reshape(-1), begun, pages, run, length, first * size, rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ RUNTIME_OPS = ("kv_write", "page_copy", "sample", "logprobs")
 """Ops that the runtime calls beside the model's."""
 
 ENDS = {
-    "int4": "; the embedding and the head are int8",
+    "int4": "; the embedding, the head and the way down of dense MLPs are int8",
     "fp8": "; the embedding, the head and experts stay in the dtype",
 }
 

@@ -5,9 +5,8 @@ dequantiser, name mapping and un-permutation) under a configuration stated in
 `support/real_oracles.py` from what the models' authors published. `pytest --checkpoint PATH` adds
 files by hand.
 
-Equality is shown by teacher forcing: our 64 tokens are one prompt to the oracle, and at every
-position its argmax must be our next token, which by induction is its own greedy continuation. One
-prompt goes through the oracle's `generate` too.
+Equality is shown by teacher forcing: the oracle's 64 tokens are one prompt to our model, and at
+every position our argmax must be its next token, which by induction is our own continuation.
 """
 
 from __future__ import annotations
@@ -17,29 +16,21 @@ from typing import Any
 
 import pytest
 import torch
-from real_oracles import GEMMA3, LONG, PROMPTS, SMOLLM2, STEPS, oracle_for
-from run_model import greedy, load
+from support.real_oracles import GEMMA3, LONG, PROMPTS, SMOLLM2, continuation, oracle_for
+from support.run_model import load, logits
 
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
 from sixfold.common.checkpoint.source import resolve_model
 from sixfold.common.checkpoint.tokenizer import load_tokenizer
 
 
-def check(path: Path, oracle: Any, prompts: list[str], generate: bool = False) -> None:
+def check(path: Path, oracle: Any, prompts: list[str]) -> None:
     tokenizer, model = load_tokenizer(open_checkpoint(path)), load(path)
     for text in prompts:
         ids = tokenizer.encode(text)
-        ours = greedy(model, ids, STEPS)
-        with torch.inference_mode():
-            logits = oracle(torch.tensor([ids + ours[:-1]])).logits[0, len(ids) - 1 :]
-        assert logits.argmax(-1).tolist() == ours, text
-        if generate and text == prompts[0]:
-            # None of the oracle's stopping rules: the continuation has exactly 64 tokens.
-            oracle.generation_config.eos_token_id = None
-            whole = oracle.generate(
-                torch.tensor([ids]), max_new_tokens=STEPS, do_sample=False, pad_token_id=0
-            )
-            assert whole[0, len(ids) :].tolist() == ours
+        theirs = continuation(oracle, ids)
+        ours = logits(model, torch.tensor(ids + theirs[:-1]), last=len(theirs))
+        assert ours.argmax(-1).tolist() == theirs, text
 
 
 @pytest.mark.slow
@@ -48,7 +39,7 @@ def test_smollm2_135m() -> None:
     chat = load_tokenizer(open_checkpoint(path)).apply_chat_template(
         [{"role": "user", "content": "What is the capital of France? Answer with the name."}]
     )
-    check(path, oracle_for(path, SMOLLM2), [chat, PROMPTS[1], PROMPTS[3]], generate=True)
+    check(path, oracle_for(path, SMOLLM2), [chat, PROMPTS[1], PROMPTS[3]])
 
 
 @pytest.mark.slow

@@ -52,11 +52,26 @@ GEMMA3 = transformers.Gemma3TextConfig(
 )
 
 
+_LOADED: dict[Path, Any] = {}
+
+
 def oracle_for(path: Path, config: Any = None) -> Any:
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-    if config is not None:
-        options["config"] = config
-    auto = transformers.AutoModelForCausalLM
-    if path.is_dir():
-        return auto.from_pretrained(path, **options).eval()
-    return auto.from_pretrained(path.parent, gguf_file=path.name, **options).eval()
+    """Loaded once in a process: dequantising a whole file takes a while."""
+    if path not in _LOADED:
+        options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+        if config is not None:
+            options["config"] = config
+        where = (path,) if path.is_dir() else (path.parent,)
+        file = {} if path.is_dir() else {"gguf_file": path.name}
+        auto = transformers.AutoModelForCausalLM
+        _LOADED[path] = auto.from_pretrained(*where, **file, **options).eval()
+    return _LOADED[path]
+
+
+def continuation(oracle: Any, prompt: list[int]) -> list[int]:
+    """Its own next `STEPS` greedy tokens, with none of its stopping rules."""
+    oracle.generation_config.eos_token_id = None
+    whole = oracle.generate(
+        torch.tensor([prompt]), max_new_tokens=STEPS, do_sample=False, pad_token_id=0
+    )
+    return whole[0, len(prompt) :].tolist()

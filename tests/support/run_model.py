@@ -50,25 +50,15 @@ def load_on_cpu(path: Path, **fields: Any) -> ExecutorInfo:
         executor.close()
 
 
-def logits(model: Model, token_ids: Tensor, chunks: Sequence[int] = ()) -> Tensor:
-    """(T, vocabulary) for one sequence, given to the model in pieces of these sizes."""
+def logits(
+    model: Model, token_ids: Tensor, chunks: Sequence[int] = (), last: int | None = None
+) -> Tensor:
+    """(T, vocabulary) for one sequence, given to the model in pieces of these sizes; of each
+    piece's `last` tokens alone."""
     attend = DenseAttend(model.attention_specs())
     sizes = list(chunks) or [len(token_ids)]
     positions = torch.arange(len(token_ids))
     parts = zip(token_ids.split(sizes), positions.split(sizes), strict=True)
     with torch.inference_mode():
-        return torch.cat([model.logits(model(t, p, attend)) for t, p in parts])
-
-
-def greedy(model: Model, prompt: Sequence[int], steps: int) -> list[int]:
-    """The next `steps` tokens by argmax, over a cache, never stopping."""
-    attend = DenseAttend(model.attention_specs())
-    new, done, result = list(prompt), 0, []
-    with torch.inference_mode():
-        for _ in range(steps):
-            positions = torch.arange(done, done + len(new))
-            hidden = model(torch.tensor(new), positions, attend)
-            done += len(new)
-            new = [int(model.logits(hidden[-1:]).argmax())]
-            result += new
-    return result
+        first = 0 if last is None else -last
+        return torch.cat([model.logits(model(t, p, attend)[first:]) for t, p in parts])
