@@ -9,12 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...common.checkpoint.tokenizer import Tokenizer
-from ...common.images.patches import Patches, tokens_of
 from ...common.text.logprobs import TokenEntry, chat_logprobs
 from ...common.text.output import TextDelta
 from ..errors import bad_request
 from ..generation import Choice, Prompt, Run, sampling
-from ..images import ImageReader, NoImages, place
+from ..images import ImageReader, NoImages, Pieces, place
 from ..protocol import (
     ACCEPTED,
     REFUSED_CHAT,
@@ -104,28 +103,28 @@ async def chat_prompt(loaded: Loaded, body: Conversation, special: bool) -> Prom
     """The rendered conversation in tokens, its images in their places. Raises RequestError."""
     messages: list[ChatMessage] = body.messages
     reader = loaded.images
-    patches = [] if isinstance(reader, NoImages) else await _read(reader, messages)
+    pieces = [] if isinstance(reader, NoImages) else await _read(reader, messages)
     text = render_chat(
         loaded.tokenizer, messages, body.add_generation_prompt, body.chat_template_kwargs
     )
     ids = await encode(loaded.tokenizer, text, "messages", special)
     if isinstance(reader, NoImages):
         return Prompt(ids, "messages")
-    ids, images = await asyncio.to_thread(place, ids, patches, reader.taken)
+    ids, images = await asyncio.to_thread(place, ids, pieces, reader.taken)
     return Prompt(ids, "messages", images=images)
 
 
-async def _read(reader: ImageReader, messages: list[ChatMessage]) -> list[Patches]:
+async def _read(reader: ImageReader, messages: list[ChatMessage]) -> list[Pieces]:
     """Every image, in order. Raises RequestError that names the part."""
-    patches: list[Patches] = []
+    pieces: list[Pieces] = []
     tokens = 0
     for number, message in enumerate(messages):
         for index, part in enumerate(message.content):
             if isinstance(part, ImagePart):
                 param = f"messages[{number}].content[{index}]"
-                patches.append(await reader.read(part.image_url.url, param, tokens))
-                tokens += tokens_of(patches[-1].grid, reader.taken.merge)
-    return patches
+                pieces.append(await reader.read(part.image_url.url, param, tokens))
+                tokens += pieces[-1].tokens
+    return pieces
 
 
 def _content(content: str | list[TextPart | ImagePart]) -> str | list[dict[str, str]]:
