@@ -42,9 +42,9 @@ IMAGES: dict[str, Any] = {
 }
 
 
-def write_seeing(path: Path, seed: int = 0) -> Any:
+def write_seeing(path: Path, seed: int = 0, name: str = "dense") -> Any:
     """Into `path`; returns transformers' model with the same weights."""
-    model = tiny_qwen3_5.build("dense", seed, vocab_size=VOCABULARY, eos_token_id=END)
+    model = tiny_qwen3_5.build(name, seed, vocab_size=VOCABULARY, eos_token_id=END)
     model.config.image_token_id = PAD
     tiny_qwen3_5.save(model, path)
     write_texts(path, SPECIALS, {"eos_token": SPECIALS[1], "chat_template": TEMPLATE})
