@@ -102,12 +102,13 @@ def _forms(rng: np.random.Generator) -> Iterable[tuple[str, Any, dict[str, Any]]
 
 
 def _uneven(rng: np.random.Generator, *shape: int) -> F32:
-    """Sizes from 2^-14 to 2^7, and some zeros: blocks of unlike scales, values below the least."""
+    """Sizes from 2^-14 to 2^7, and some zeros: blocks of unlike scales, values below the least. One
+    bit more than a code has: with scales that are powers of two, half of them are ties."""
     sizes = np.exp2(rng.uniform(-14, 7, (*shape[:-1], 1)))
     spread = np.exp2(rng.uniform(-6, 0, shape))
-    return (rng.standard_normal(shape) * sizes * spread * (rng.random(shape) > 0.1)).astype(
-        np.float32
-    )
+    values = rng.standard_normal(shape) * sizes * spread * (rng.random(shape) > 0.1)
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.round(mantissa * 32) / 32, exponent).astype(np.float32)
 
 
 def _angles(rng: np.random.Generator, tokens: int, rotary: int) -> dict[str, F32]:

@@ -23,5 +23,7 @@ ON_64_LANES = {
     "gated_delta": FEW["gated_delta"],
     "conv1d_update": FEW["conv1d_update"][:1],
     "mhc_post_pre": ("two_streams",),
+    "inverse_rope_quant": FEW["inverse_rope_quant"],
+    "qk_norm_rope_quant": FEW["qk_norm_rope_quant"],
 }
 """Those that are launched otherwise for 64 lanes than for 32: cases that run for both."""
