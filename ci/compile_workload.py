@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from compile_targets import Target
+from compile_workload_fp8 import rounding
 from compile_workload_mixers import compressing, recurrent, streams, tensor, vectors
 
 from sixfold.common.ops.registry import KernelRegistry
@@ -46,6 +47,7 @@ def work(target: Target) -> dict[str, Callable[[], object]]:
         **vectors(ops, target.facts),
         **streams(ops),
         **compressing(ops),
+        **rounding(ops),
     }
 
 

@@ -55,6 +55,8 @@ SHAPES = {
     "mhc_head": ("published_width", "mhc_head"),
     "compress_norm_rope_store": ("decode", "compress 4, decode"),
     "index_topk": ("decode", "index_topk"),
+    "inverse_rope_quant": ("published_head_ocp_power", "inverse_rope_quant ocp"),
+    "qk_norm_rope_quant": ("published_head_ocp_power", "qk_norm_rope_quant ocp"),
     "compressed_attention": ("decode_selected", "compressed_attention selected, decode"),
 }
 """Op -> the case that is counted, and its work in the table of resources."""

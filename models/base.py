@@ -108,6 +108,10 @@ class Model(nn.Module):
         (tokens of all images, hidden) that take the place of embeddings."""
         raise NotImplementedError(f"{type(self).__name__} reads text only.")
 
+    def image_memory(self, patches: int) -> int:
+        """Bytes that `image_rows` has at once for so many patches, at most, beside the weights."""
+        return 0
+
     def placement(self, name: str) -> Placement | None:
         """The place of the checkpoint tensor `name` (canonical: "model.layers.0…", "lm_head…").
         None when it is known and not needed. Modules are named as checkpoints name them."""

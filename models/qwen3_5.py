@@ -253,6 +253,9 @@ class Qwen35Model(TrunkModel):
             return None
         return ImageInput(self.image_token, self.vision.merge, self.vision.patch_values)
 
+    def image_memory(self, patches: int) -> int:
+        return 0 if self.vision is None else self.vision.memory(patches)
+
     def image_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         if self.vision is None:
             return super().image_rows(patches, grids)

@@ -23,12 +23,10 @@ from ..common.checkpoint.fields import Fields
 from ..common.images.patches import Grid
 from ..platforms.interface_kernels import Problem
 from .layers import Build, Embedding, Layer, Linear
+from .vision import ROWS_AT_ONCE, working_bytes
 
 EPS = 1e-6
 THETA = 10000.0
-ROWS_AT_ONCE = 8192
-"""Patches that go through an MLP together: its inner width would be most of a large image's
-memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,12 +241,19 @@ class Qwen35Vision(nn.Module):
         args = VisionArgs.read(fields)
         self.dtype = build.dtype
         self.merge = args.merge
+        self.args = args
         self.patch_values = args.channels * args.frames * args.patch**2
         self.patch_embed = PatchEmbedding(args, build)
         self.pos_embed = Positions(args, build)
         self.rope = GridRope(args, build)
         self.blocks = nn.ModuleList(VisionBlock(args, build) for _ in range(args.depth))
         self.merger = VisionMerger(args, build)
+
+    def memory(self, patches: int) -> int:
+        """Bytes at once for so many patches, beside the weights."""
+        args = self.args
+        sizes = self.patch_values, args.width, args.inner
+        return working_bytes(patches, *sizes, self.dtype.itemsize)
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """patches (N, patch_values), each image's in blocks of merge x merge neighbours -> (N /

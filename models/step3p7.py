@@ -143,6 +143,9 @@ class Step3p7Model(TrunkModel):
             return None
         return ImageInput(self.image_token, MERGE, self.vision.patch_values, sequential=True)
 
+    def image_memory(self, patches: int) -> int:
+        return 0 if self.vision is None else self.vision.memory(patches)
+
     def image_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         if self.vision is None:
             return super().image_rows(patches, grids)

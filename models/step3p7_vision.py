@@ -19,7 +19,6 @@ from ..common.images.patches import Grid
 from ..platforms.interface_kernels import Problem
 from .layers import Build, Layer
 from .qwen3_5_vision import (
-    ROWS_AT_ONCE,
     GridRope,
     LayerNorm,
     Positions,
@@ -27,6 +26,7 @@ from .qwen3_5_vision import (
     VisionArgs,
     patch_places,
 )
+from .vision import ROWS_AT_ONCE, working_bytes
 
 EPS = 1e-5
 MERGE = 4
@@ -166,6 +166,7 @@ class Step3p7Vision(nn.Module):
     def __init__(self, args: VisionArgs, build: Build) -> None:
         super().__init__()
         self.dtype = build.dtype
+        self.args = args
         self.patch_values = args.channels * args.patch**2
         self.conv1 = FlatPatch(args, build)
         self.positional_embedding = Positions(args, build)
@@ -175,6 +176,14 @@ class Step3p7Vision(nn.Module):
         self.vit_downsampler1 = Halving(args.width, build)
         self.vit_downsampler2 = Halving(2 * args.width, build)
         self.vit_large_projector = TowerLinear(4 * args.width, args.outputs, build)
+
+    def memory(self, patches: int) -> int:
+        """Bytes at once for so many patches, beside the weights. A convolution may lay out its
+        kernel anew."""
+        args = self.args
+        sizes = self.patch_values, args.width, args.inner
+        kernel = self.vit_downsampler2.weight.nbytes
+        return working_bytes(patches, *sizes, self.dtype.itemsize) + kernel
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """patches (N, patch_values), each view's in blocks of 4 x 4 neighbours -> (N / 16,

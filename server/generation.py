@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class Prompt:
 
     ids: list[int]
     param: str
-    text: str = ""  # for an echo
+    text: str = ""  # for an echo, and how a chat's answer begins
     images: Sequence[Image] = ()
 
 
@@ -70,8 +70,10 @@ class Run:
         body: Sampled,
         prompts: Sequence[Prompt],
         params: SamplingParams,
+        shown: Collection[str] = (),
     ) -> None:
-        """Checks everything, then queues n sequences per prompt. Raises RequestError, ApiError."""
+        """Checks everything, then queues n sequences per prompt; special tokens in `shown` are part
+        of the text. Raises RequestError, ApiError."""
         loaded = service.loaded
         check_sampling(params, loaded.ready)
         n = body.n or 1
@@ -89,7 +91,7 @@ class Run:
         self._begun = time.perf_counter()
         self.n = n
         self.choices = [
-            Choice(index, prompts[index // n], self._text(body, params))
+            Choice(index, prompts[index // n], self._text(body, params, shown))
             for index in range(len(prompts) * n)
         ]
         seeds = [nth_seed(params.seed, i) for i in range(n)]
@@ -104,9 +106,9 @@ class Run:
             for choice in self.choices
         )
 
-    def _text(self, body: Sampled, params: SamplingParams) -> OutputText:
+    def _text(self, body: Sampled, params: SamplingParams, shown: Collection[str]) -> OutputText:
         return OutputText(
-            self.tokenizer.stream(),
+            self.tokenizer.stream(shown=shown),
             body.stops,
             bool(body.include_stop_str_in_output),
             params.min_tokens,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
 from ..common.checkpoint.checkpoint import Checkpoint
+from ..common.checkpoint.tokenizer import Tokenizer
 from ..common.errors import CheckpointError, RequestError
-from ..common.images.patches import Patches, cut, grid_of, open_picture, tokens_of
-from ..common.images.settings import ImageSettings, read_image_settings
+from ..common.images.patches import Patches, open_picture, tokens_of
+from ..common.images.preparation import Preparation, read_preparation
 from ..common.messages import Image, Ready
 from ..platforms.interface import ImageInput
 from .errors import ApiError, bad_request
@@ -21,22 +22,36 @@ FETCH_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class ImageReader:
-    """What a server that takes images reads them with. `fetch`: also from http and https."""
+class Pieces:
+    """An image as a prompt has it: patches, each a run of placeholders, and tokens of words."""
 
-    settings: ImageSettings
+    each: tuple[Patches | int, ...]
+    merge: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(1 if isinstance(p, int) else tokens_of(p.grid, self.merge) for p in self.each)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReader:
+    """What a server that takes images reads them with. `words`: token ids of what stands between an
+    image's patches. `fetch`: also from http and https."""
+
+    preparation: Preparation
+    words: Mapping[str, int]
     taken: ImageInput
     max_context: int
     max_bytes: int  # of one file
     fetch: bool = False
 
-    async def read(self, url: str, param: str, before: int) -> Patches:
+    async def read(self, url: str, param: str, before: int) -> Pieces:
         """`before`: tokens of the images before it. Raises RequestError or ApiError 400 that names
         `param`."""
         data = await self._bytes(url, param)
         return await asyncio.to_thread(self.cut, data, param, before)
 
-    def cut(self, data: bytes, param: str, before: int) -> Patches:
+    def cut(self, data: bytes, param: str, before: int) -> Pieces:
         """The same from a file's bytes."""
         try:
             return self._cut(data, before)
@@ -44,9 +59,9 @@ class ImageReader:
             error.param = param
             raise
 
-    def _cut(self, data: bytes, before: int) -> Patches:
+    def _cut(self, data: bytes, before: int) -> Pieces:
         picture = open_picture(data)
-        tokens = tokens_of(grid_of(picture, self.settings), self.settings.merge)
+        tokens = self.preparation.tokens(picture)
         if before + tokens >= self.max_context:  # before it takes memory
             others = f", those before it {before}" if before else ""
             raise RequestError(
@@ -55,7 +70,9 @@ class ImageReader:
                 None,
                 "context_length_exceeded",
             )
-        return cut(picture, self.settings)
+        pieces = self.preparation.pieces(picture)
+        found = (self.words[piece] if isinstance(piece, str) else piece for piece in pieces)
+        return Pieces(tuple(found), self.taken.merge)
 
     async def _bytes(self, url: str, param: str) -> bytes:
         scheme = url.partition(":")[0].lower()
@@ -126,7 +143,7 @@ class NoImages:
 
 
 def open_reader(
-    checkpoint: Checkpoint, ready: Ready, max_bytes: int, fetch: bool
+    checkpoint: Checkpoint, tokenizer: Tokenizer, ready: Ready, max_bytes: int, fetch: bool
 ) -> ImageReader | NoImages:
     """A checkpoint that does not say how images are prepared, or says it otherwise than its model
     reads them, serves text: every image is refused with the reason."""
@@ -135,24 +152,33 @@ def open_reader(
         said = ready.features.get("images", ["", "The platform takes no images."])
         return NoImages(said[1])
     try:
-        settings = read_image_settings(checkpoint.path)
+        preparation = read_preparation(checkpoint.path)
     except CheckpointError as error:
         return NoImages(str(error))
-    values = 3 * settings.frames * settings.patch**2
-    if (settings.merge, values) != (taken.merge, taken.patch_values):
+    pixels = preparation.pixels
+    values = 3 * pixels.frames * pixels.patch**2
+    if (pixels.merge, values) != (taken.merge, taken.patch_values):
         return NoImages(
             f"{checkpoint.path}: images are prepared in patches of {values} numbers, merged "
-            f"{settings.merge} x {settings.merge}; the model reads patches of "
+            f"{pixels.merge} x {pixels.merge}; the model reads patches of "
             f"{taken.patch_values}, merged {taken.merge} x {taken.merge}."
         )
-    return ImageReader(settings, taken, ready.max_context, max_bytes, fetch)
+    words = {word: tokenizer.encode(word, add_special_tokens=False) for word in preparation.words}
+    several = [word for word, ids in words.items() if len(ids) != 1]
+    if several:
+        return NoImages(
+            f"{checkpoint.path}: images need {', '.join(several)} between their parts, and the "
+            "vocabulary has no token for it."
+        )
+    ids = {word: found[0] for word, found in words.items()}
+    return ImageReader(preparation, ids, taken, ready.max_context, max_bytes, fetch)
 
 
 def place(
-    ids: Sequence[int], images: Sequence[Patches], taken: ImageInput
+    ids: Sequence[int], images: Sequence[Pieces], taken: ImageInput
 ) -> tuple[list[int], list[Image]]:
-    """Each placeholder of a rendered prompt becomes as many as its image has tokens. Raises
-    RequestError when placeholders and images are not as many."""
+    """Each placeholder of a rendered prompt becomes the pieces of its image. Raises RequestError
+    when placeholders and images are not as many."""
     found = sum(1 for token in ids if token == taken.token_id)
     if found != len(images):
         raise RequestError(
@@ -162,13 +188,16 @@ def place(
             "image_placeholders",
         )
     prompt: list[int] = []
-    placed = []
+    placed: list[Image] = []
     left = iter(images)
     for token in ids:
         if token != taken.token_id:
             prompt.append(token)
             continue
-        image = next(left)
-        placed.append(Image(len(prompt), image.grid, image.values.tobytes(), image.digest))
-        prompt += [token] * tokens_of(image.grid, taken.merge)
+        for piece in next(left).each:
+            if isinstance(piece, int):
+                prompt.append(piece)
+                continue
+            placed.append(Image(len(prompt), piece.grid, piece.values.tobytes(), piece.digest))
+            prompt += [token] * tokens_of(piece.grid, taken.merge)
     return prompt, placed

@@ -76,7 +76,9 @@ class LLM:
         self.decisions = launched.decisions
         checkpoint = open_checkpoint(located.path)
         self.tokenizer = load_tokenizer(checkpoint)
-        self._reader = open_reader(checkpoint, launched.ready, max_bytes=0, fetch=False)
+        self._reader = open_reader(
+            checkpoint, self.tokenizer, launched.ready, max_bytes=0, fetch=False
+        )
         if chat_template is not None:
             self.tokenizer.use_chat_template(chat_template)
 
@@ -149,11 +151,11 @@ class LLM:
     def _conversation(
         self, messages: Sequence[Message], variables: Mapping[str, Any]
     ) -> tuple[list[int], Sequence[Image]]:
-        rendered, patches = take_images(messages, self._reader)
+        rendered, pieces = take_images(messages, self._reader)
         text = self.tokenizer.apply_chat_template(rendered, True, **variables)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         reader = self._reader
-        return (ids, ()) if isinstance(reader, NoImages) else place(ids, patches, reader.taken)
+        return (ids, ()) if isinstance(reader, NoImages) else place(ids, pieces, reader.taken)
 
     def close(self) -> None:
         """Release the device. Idempotent."""

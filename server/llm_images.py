@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import RequestError
-from ..common.images.patches import Patches, tokens_of
-from .images import ImageReader, NoImages, from_data_url
+from .images import ImageReader, NoImages, Pieces, from_data_url
 
 IMAGE_PART: Mapping[str, str] = {"type": "image"}
 """An image as chat templates know it."""
@@ -16,11 +15,11 @@ IMAGE_PART: Mapping[str, str] = {"type": "image"}
 
 def take_images(
     messages: Sequence[Mapping[str, Any]], reader: ImageReader | NoImages
-) -> tuple[list[Mapping[str, Any]], list[Patches]]:
+) -> tuple[list[Mapping[str, Any]], list[Pieces]]:
     """The messages as a template takes them, and their images in order. An image is a part
     {"type": "image", "image": path or bytes}, or OpenAI's image_url with a data: URL. Raises
     RequestError."""
-    patches: list[Patches] = []
+    images: list[Pieces] = []
     result: list[Mapping[str, Any]] = []
     tokens = 0
     for number, message in enumerate(messages):
@@ -37,11 +36,11 @@ def take_images(
                     param,
                     "unsupported_value",
                 )
-            patches.append(reader.cut(_bytes(part, param), param, tokens))
-            tokens += tokens_of(patches[-1].grid, reader.taken.merge)
+            images.append(reader.cut(_bytes(part, param), param, tokens))
+            tokens += images[-1].tokens
             parts.append(IMAGE_PART)
         result.append({**message, "content": parts} if parts else message)
-    return result, patches
+    return result, images
 
 
 def _bytes(part: Mapping[str, Any], param: str) -> bytes:

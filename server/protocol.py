@@ -47,6 +47,12 @@ REFUSED_CHAT: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (None, "medium"),
     "web_search_options": NOTHING,
 }
+TOOL_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    "parallel_tool_calls": (None, True),
+    "tool_choice": (None, "none", "auto"),
+}
+"""The same where the model calls functions: `tools` is served."""
+
 REFUSED_COMPLETION: Mapping[str, tuple[Any, ...]] = {"suffix": (None, "")}
 REFUSED_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "audio": NOTHING,
@@ -94,10 +100,56 @@ ContentPart = Annotated[
 ]
 
 
+class Function(Body):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None  # arguments are not held to their schema
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(Body):
+    name: str
+    arguments: str
+
+
+class MessageToolCall(Body):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: list[MessageToolCall] | None = None
+    content: str | list[ContentPart] | None
+    tool_call_id: str | None = Field(default=None, validate_default=True)
     name: str | None = None
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _by_assistant(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("role") != "assistant":
+            raise ValueError("only a message of the role assistant calls tools")
+        return value
+
+    @field_validator("content")
+    @classmethod
+    def _said(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and not info.data.get("tool_calls"):
+            raise ValueError("must be a text or a list of parts")
+        return value
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _of_a_call(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if (info.data.get("role") == "tool") != (value is not None):
+            raise ValueError("names the call that a message of the role tool answers")
+        return value
 
 
 class Sampled(Body):
@@ -166,6 +218,7 @@ class ChatRequest(Sampled):
     top_logprobs: int | None = Field(default=None, ge=0)
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
 
 
 class CompletionRequest(Sampled):
@@ -182,6 +235,7 @@ class TokenizeRequest(Body):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
     return_token_strs: bool | None = None
 
 
@@ -194,6 +248,14 @@ REFUSED: Mapping[type[Body], Mapping[str, tuple[Any, ...]]] = {
     ChatRequest: REFUSED_CHAT,
     CompletionRequest: REFUSED_COMPLETION,
 }
+
+
+def refused_in_chat(tools: bool, offered: bool) -> Mapping[str, tuple[Any, ...]]:
+    """`tools`: the model calls functions; `offered`: and is given some."""
+    if not tools:
+        return REFUSED_CHAT
+    fields = {name: values for name, values in REFUSED_CHAT.items() if name != "tools"}
+    return {**fields, **TOOL_FIELDS} if offered else fields
 
 
 def strip_neutral(
@@ -222,26 +284,32 @@ def strip_neutral(
     return kept
 
 
-def strip_messages(messages: Any, platform: str, model: str, images: ImageReader | NoImages) -> Any:
+def strip_messages(
+    messages: Any, platform: str, model: str, images: ImageReader | NoImages, tools: bool
+) -> Any:
     """Apply the field table to chat messages and refuse what the model cannot read. Malformed
     shapes are left for validation to name."""
     if not isinstance(messages, list):
         return messages
     result: list[Any] = []
+    roles = ("function",) if tools else ("tool", "function")
+    refused = {k: v for k, v in REFUSED_MESSAGE.items() if not tools or k != "tool_calls"}
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             result.append(message)
             continue
         where = f"messages[{index}]."
         _refuse_parts(message.get("content"), where, model, images)
-        if message.get("role") in ("tool", "function"):
+        if message.get("role") in roles:
+            why = "tool results have the role tool" if tools else "this model has no tools here"
             raise RequestError(
                 f"{where}role {message['role']!r} is not supported by Sixfold on the platform "
-                f"{platform!r}: it has no tools. Use system, developer, user or assistant.",
+                f"{platform!r}: {why}. Use system, developer, user or assistant.",
                 f"{where}role",
                 "unsupported_value",
             )
-        result.append(strip_neutral(message, REFUSED_MESSAGE, frozenset(), platform, where))
+        kept = strip_neutral(message, refused, frozenset(), platform, where)
+        result.append({"content": None, **kept} if kept.get("tool_calls") else kept)
     return result
 
 

@@ -169,7 +169,7 @@ class Server:
         try:
             ready = await client.start()
             tokenizer, name = await text
-            images = await asyncio.to_thread(self._images, located, ready)
+            images = await asyncio.to_thread(self._images, located, tokenizer, ready)
         finally:
             text.cancel()
             await asyncio.gather(text, return_exceptions=True)
@@ -186,10 +186,12 @@ class Server:
         name = self._options.served_name or served_name(self._options.engine.model, checkpoint)
         return tokenizer, name
 
-    def _images(self, located: Located, ready: Ready) -> ImageReader | NoImages:
+    def _images(
+        self, located: Located, tokenizer: Tokenizer, ready: Ready
+    ) -> ImageReader | NoImages:
         http = self._options.http
         checkpoint = open_checkpoint(located.path)
-        found = open_reader(checkpoint, ready, http.max_body_bytes, http.fetch_images)
+        found = open_reader(checkpoint, tokenizer, ready, http.max_body_bytes, http.fetch_images)
         if isinstance(found, NoImages) and ready.images is not None:
             log.warning("images are refused: %s", found.reason)
         return found

@@ -12,6 +12,7 @@ from ..common.checkpoint.tokenizer import Tokenizer
 from ..common.errors import ContextLengthExceeded, RequestError
 from ..common.messages import ErrorBody, Loading, Ready
 from ..common.sampling import SamplingParams
+from ..common.text.tool_calls import calls_in_template
 from .engine_client import EngineClient
 from .errors import ApiError, bad_request, engine_gone, unavailable
 from .images import ImageReader, NoImages
@@ -44,6 +45,11 @@ class Loaded:
     tokenizer: Tokenizer
     created: int  # unix seconds
     images: ImageReader | NoImages
+
+    @property
+    def tools(self) -> bool:
+        """Whether the model's calls of functions can be asked for and read."""
+        return calls_in_template(self.tokenizer.chat_template)
 
 
 @dataclass(slots=True)

@@ -7,7 +7,8 @@ can be given up alone, since a match needs only the pages of the last `window - 
 RECURRENT group's: a snapshot of the state after the node's tokens, which is all that a match needs.
 
 Rows attach to the deepest node of their own prefix. A node with children or attached rows stays, so
-every FULL page without a row can be given up leaf by leaf.
+every FULL page without a row can be given up leaf by leaf. Leaves that lack what another group has
+to have there serve no prompt and go first, whatever the policy says of them.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Node:
         self.used: list[int] = [
             0
         ] * groups  # the tree's clock when a row last took or released the page
-        self.queued = [False] * groups  # has an entry in the group's eviction heap
+        self.queued = [False] * (groups + 1)  # has an entry in the group's eviction heap, the idle
         self.rows = 0  # rows attached here
         self.hits: int = 0  # matches that went through here
         self.priority: int = 0  # highest priority of a request that used it
@@ -84,7 +85,8 @@ class PrefixTree:
         self._full = full[0] if full else None  # groups that keep all share the heap of the first
         self._windows = [g for g, kind in enumerate(self._kinds) if kind is KVKind.WINDOW]
         self._recurrent = [g for g, kind in enumerate(self._kinds) if kind is KVKind.RECURRENT]
-        self._heaps: list[list[tuple[Key, int, int, Node]]] = [[] for _ in pools]
+        self._idle = len(pools)  # the heap of leaves that serve no prompt, behind those of groups
+        self._heaps: list[list[tuple[Key, int, int, Node]]] = [[] for _ in range(len(pools) + 1)]
         self._serial = 0
         self._clock = 0
 
@@ -178,18 +180,23 @@ class PrefixTree:
 
     def evict(self, group: int) -> bool:
         """Free at least one page of `group`; False when none can be given up."""
-        alone = not self._kinds[group].keeps_all
-        heap_group = group if alone else self._full
-        if heap_group is None:
+        if not self._kinds[group].keeps_all:
+            return self._evict_alone(group)
+        if self._full is None:
             return False
-        node = self._pop(heap_group)
+        node = self._pop(self._idle) or self._pop(self._full)
         if node is None:
             return False
-        if alone:
-            self._drop(node, group)
-            self._prune(node)
-        else:
-            self._remove(node)
+        self._remove(node)
+        return True
+
+    def _evict_alone(self, group: int) -> bool:
+        node = self._pop(group)
+        if node is None:
+            return False
+        self._drop(node, group)
+        self._offer_below(node, group)
+        self._prune(node)
         return True
 
     def clear(self) -> None:
@@ -198,46 +205,78 @@ class PrefixTree:
             while self.evict(g):
                 pass
 
+    def serves(self, node: Node) -> bool:
+        """Whether a row could go on after `node`: snapshots and windows are there."""
+        if not all(node.pages[g] for g in self._recurrent):
+            return False
+        for g in self._windows:
+            at: Node | None = node
+            for _ in range(node.depth - self.first_needed(g, node.depth)):
+                if at is None or not at.pages[g]:
+                    return False
+                at = at.parent
+        return True
+
     def _offer_leaf(self, node: Node) -> None:
         if self._full is not None and self._removable(node):
             self._queue(self._full, node)
+            if not self.serves(node):
+                self._queue(self._idle, node)
+
+    def _offer_below(self, node: Node, group: int) -> None:
+        """`node` has lost its page of `group`: leaves that need it serve no more."""
+        window = self._kinds[group] is KVKind.WINDOW
+        changed = [node]
+        while changed:
+            each = changed.pop()
+            self._offer_leaf(each)
+            if window and self.first_needed(group, each.depth + 1) < node.depth:
+                changed += each.children.values()
 
     def _removable(self, node: Node) -> bool:
         return not node.children and not node.rows and node.parent is not None
 
-    def _evictable(self, group: int, node: Node) -> bool:
+    def _group(self, heap: int) -> int:
+        """Whose pages a heap gives up."""
+        return self._full if heap == self._idle and self._full is not None else heap
+
+    def _evictable(self, heap: int, node: Node) -> bool:
+        group = self._group(heap)
         page = node.pages[group]
         if not page or self.pools[group].holder(page) is not node or self.pools[group].rows(page):
             return False
-        return not self._kinds[group].keeps_all or self._removable(node)
+        if not self._kinds[group].keeps_all:
+            return True
+        return self._removable(node) and not (heap == self._idle and self.serves(node))
 
-    def _queue(self, group: int, node: Node) -> None:
-        if not node.queued[group] and self._evictable(group, node):
-            node.queued[group] = True
+    def _queue(self, heap: int, node: Node) -> None:
+        if not node.queued[heap] and self._evictable(heap, node):
+            node.queued[heap] = True
+            group = self._group(heap)
             entry = (self._policy(node, group), node.depth, node.serial, node)
-            heappush(self._heaps[group], entry)
-            if len(self._heaps[group]) > 2 * self.pools[group].group.pages:
-                self._compact(group)
+            heappush(self._heaps[heap], entry)
+            if len(self._heaps[heap]) > 2 * self.pools[group].group.pages:
+                self._compact(heap)
 
-    def _pop(self, group: int) -> Node | None:
+    def _pop(self, heap: int) -> Node | None:
         """The first node in eviction order. Entries are checked when they come up: one that is in
         use again is dropped (its release queues it anew), one used since is put back."""
-        heap = self._heaps[group]
-        while heap:
-            key, _, _, node = heappop(heap)
-            node.queued[group] = False
-            if self._evictable(group, node):
+        group, entries = self._group(heap), self._heaps[heap]
+        while entries:
+            key, _, _, node = heappop(entries)
+            node.queued[heap] = False
+            if self._evictable(heap, node):
                 if key == self._policy(node, group):
                     return node
-                self._queue(group, node)
+                self._queue(heap, node)
         return None
 
-    def _compact(self, group: int) -> None:
+    def _compact(self, heap: int) -> None:
         """Drop outdated entries (of nodes removed through another group): bounds the heap."""
-        for *_, node in self._heaps[group]:
-            node.queued[group] = self._evictable(group, node)
-        self._heaps[group] = [entry for entry in self._heaps[group] if entry[3].queued[group]]
-        heapify(self._heaps[group])
+        for *_, node in self._heaps[heap]:
+            node.queued[heap] = self._evictable(heap, node)
+        self._heaps[heap] = [entry for entry in self._heaps[heap] if entry[3].queued[heap]]
+        heapify(self._heaps[heap])
 
     def _drop(self, node: Node, group: int) -> None:
         page, node.pages[group] = node.pages[group], 0

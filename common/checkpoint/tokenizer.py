@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +75,22 @@ class Tokenizer:
         text = b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._strips_space else text
 
-    def stream(self, skip_special_tokens: bool = True, start_of_text: bool = False) -> TextStream:
+    def stream(
+        self,
+        skip_special_tokens: bool = True,
+        start_of_text: bool = False,
+        shown: Collection[str] = (),
+    ) -> TextStream:
         """A decoder for tokens as they come. It continues a text, so it keeps the leading space
         that `decode` drops for some vocabularies; `start_of_text=True` makes the pieces join to
-        exactly what `decode` gives."""
+        exactly what `decode` gives. Special tokens with a text in `shown` are not skipped."""
+        skipped = {t for t in self._special if self._added[t] not in shown}
         if self._entry_bytes is None:
-            return WindowStream(lambda ids: self.decode(ids, skip_special_tokens))
+            skip = skip_special_tokens and skipped == self._special
+            return WindowStream(lambda ids: self.decode(ids, skip))
 
         def kept(token_id: int) -> bytes:
-            skip = skip_special_tokens and token_id in self._special
+            skip = skip_special_tokens and token_id in skipped
             return b"" if skip else self.token_bytes(token_id)
 
         return ByteStream(kept, strip_space=self._strips_space and start_of_text)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RequestError
-from .settings import ImageSettings
+from .settings import ImageSettings, Pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,11 +71,7 @@ def open_picture(data: bytes) -> Image:
 def fit(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
     """The size to which an image is resized: multiples of the unit, near its own proportions, with
     the pixels' number within bounds. Raises RequestError for a strip."""
-    if max(height, width) > LONGEST_RATIO * min(height, width):
-        raise _refusal(
-            f"has {width} x {height} pixels; one side may be at most {LONGEST_RATIO} times the "
-            "other"
-        )
+    refuse_strip(height, width)
     unit = settings.unit
     down, across = (round(side / unit) * unit for side in (height, width))
     if down * across > settings.most_pixels:
@@ -87,6 +83,15 @@ def fit(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
         grow = math.sqrt(settings.least_pixels / (height * width))
         down, across = (math.ceil(side * grow / unit) * unit for side in (height, width))
     return down, across
+
+
+def refuse_strip(height: int, width: int) -> None:
+    """Raises RequestError."""
+    if max(height, width) > LONGEST_RATIO * min(height, width):
+        raise _refusal(
+            f"has {width} x {height} pixels; one side may be at most {LONGEST_RATIO} times the "
+            "other"
+        )
 
 
 def grid_of(picture: Image, settings: ImageSettings) -> Grid:
@@ -102,22 +107,28 @@ def tokens_of(grid: Grid, merge: int) -> int:
 
 
 def cut(picture: Image, settings: ImageSettings) -> Patches:
-    """Resize (bicubic), scale, normalise, and cut into patches; an image is a film of equal frames.
-    Raises RequestError for a strip."""
+    """Resize (bicubic) and cut. Raises RequestError for a strip."""
     from PIL.Image import Resampling
 
-    frames, down, across = grid_of(picture, settings)
+    _, down, across = grid_of(picture, settings)
+    size = across * settings.patch, down * settings.patch
+    return patches_of(picture.resize(size, Resampling.BICUBIC), settings)
+
+
+def patches_of(picture: Image, settings: Pixels) -> Patches:
+    """Scale, normalise, and cut into patches; an image is a film of equal frames. The picture's
+    sides must be multiples of patch * merge."""
     patch, merge = settings.patch, settings.merge
-    resized = picture.resize((across * patch, down * patch), Resampling.BICUBIC)
+    down, across = picture.height // patch, picture.width // patch
     mean, std = (np.array(values, np.float32) for values in (settings.mean, settings.std))
-    bright = np.asarray(resized, np.float32) * np.float32(settings.scale)
+    bright = np.asarray(picture, np.float32) * np.float32(settings.scale)
     pixels: NDArray[np.float32] = (bright - mean) / std
     blocks = pixels.reshape(down // merge, merge, patch, across // merge, merge, patch, 3)
     blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block down, across, patch in it, channel, y, x
     film = np.broadcast_to(
         blocks[:, :, :, :, :, None], (*blocks.shape[:5], settings.frames, patch, patch)
     )
-    return Patches(film.reshape(down * across, -1), (frames, down, across))
+    return Patches(film.reshape(down * across, -1), (1, down, across))
 
 
 def _refusal(what: str) -> RequestError:

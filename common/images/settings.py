@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from ..checkpoint.fields import Fields
 from ..checkpoint.hf_directory import read_object
@@ -13,18 +14,42 @@ BICUBIC = 3
 PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 
 
+class Pixels(Protocol):
+    """What cutting needs to know. Sizes in pixels: a picture becomes patches of `frames` equal
+    frames of `patch` x `patch` pixels, in blocks of `merge` x `merge` patches, of which each is one
+    token of the prompt."""
+
+    @property
+    def patch(self) -> int: ...
+    @property
+    def frames(self) -> int: ...
+    @property
+    def merge(self) -> int: ...
+    @property
+    def scale(self) -> float:
+        """Of a byte, before mean and std."""
+        ...
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel: red, green, blue; so is `std`."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSettings:
-    """Sizes in pixels. An image becomes patches of `frames` equal frames of `patch` x `patch`
-    pixels, in blocks of `merge` x `merge` patches, of which each is one token of the prompt."""
+    """Of a picture that is resized as a whole. Fields as in `Pixels`."""
 
     patch: int
     frames: int
     merge: int
     least_pixels: int
     most_pixels: int
-    scale: float  # of a byte, before mean and std
-    mean: tuple[float, ...]  # per channel: red, green, blue
+    scale: float
+    mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @property
@@ -36,15 +61,11 @@ class ImageSettings:
 def read_image_settings(directory: Path) -> ImageSettings:
     """From preprocessor_config.json, or processor_config.json's image_processor. Raises
     CheckpointError naming the file and the field."""
-    fields = _fields(directory)
+    fields = processor_fields(directory)
     kind = fields.text("image_processor_type", PROCESSORS[0])
     if kind not in PROCESSORS:
         raise fields.unsupported("image_processor_type", ", ".join(PROCESSORS))
-    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        if not fields.flag(name, True):
-            raise fields.unsupported(name, "true")
-    if fields.integer("resample", BICUBIC) != BICUBIC:
-        raise fields.unsupported("resample", f"{BICUBIC} (bicubic)")
+    check_steps(fields, BICUBIC, "bicubic")
     size = Fields(fields.optional("size") or {}, fields.source)
     least = fields.positive("min_pixels", size.positive("shortest_edge", 56 * 56))
     most = fields.positive("max_pixels", size.positive("longest_edge", 28 * 28 * 1280))
@@ -56,13 +77,31 @@ def read_image_settings(directory: Path) -> ImageSettings:
         merge=fields.positive("merge_size", 2),
         least_pixels=least,
         most_pixels=most,
-        scale=fields.number("rescale_factor", 1 / 255),
-        mean=_channels(fields, "image_mean", (0.48145466, 0.4578275, 0.40821073)),
-        std=_channels(fields, "image_std", (0.26862954, 0.26130258, 0.27577711)),
+        **normalisation(fields),
     )
 
 
-def _fields(directory: Path) -> Fields:
+def check_steps(fields: Fields, resample: int, called: str) -> None:
+    """Raises CheckpointError for a preparation that leaves out a step, or resizes otherwise."""
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if not fields.flag(name, True):
+            raise fields.unsupported(name, "true")
+    if fields.integer("resample", resample) != resample:
+        raise fields.unsupported("resample", f"{resample} ({called})")
+
+
+def normalisation(fields: Fields) -> dict[str, Any]:
+    """scale, mean and std. Raises CheckpointError."""
+    return {
+        "scale": fields.number("rescale_factor", 1 / 255),
+        "mean": _channels(fields, "image_mean", (0.48145466, 0.4578275, 0.40821073)),
+        "std": _channels(fields, "image_std", (0.26862954, 0.26130258, 0.27577711)),
+    }
+
+
+def processor_fields(directory: Path) -> Fields:
+    """How the checkpoint says that images are prepared. Raises CheckpointError where it says
+    nothing."""
     path = directory / "preprocessor_config.json"
     values = read_object(path)
     if values is None:

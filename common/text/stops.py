@@ -15,7 +15,6 @@ class StopMatcher:
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops = [stop for stop in stops if stop]
-        self._longest = max((len(stop) for stop in self._stops), default=0)
         self._include = include
         self._held = ""
         self.matched: str | None = None
@@ -34,7 +33,7 @@ class StopMatcher:
                 begin, stop = found
                 self.matched, self._held = stop, ""
                 return buffer[: begin + len(stop)] if self._include else buffer[:begin]
-        keep = self._pending(buffer)
+        keep = pending(buffer, self._stops)
         cut = len(buffer) - keep
         self._held = buffer[cut:]
         return buffer[:cut]
@@ -55,10 +54,12 @@ class StopMatcher:
                 best = candidate if best is None else min(best, candidate)
         return None if best is None else best[1:]
 
-    def _pending(self, buffer: str) -> int:
-        """Length of the longest suffix that is a proper prefix of a stop string."""
-        for length in range(min(self._longest - 1, len(buffer)), 0, -1):
-            tail = buffer[-length:]
-            if any(len(stop) > length and stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
+
+def pending(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest suffix that is a proper prefix of a stop string."""
+    longest = max((len(stop) for stop in stops), default=0)
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        tail = text[-length:]
+        if any(len(stop) > length and stop.startswith(tail) for stop in stops):
+            return length
+    return 0

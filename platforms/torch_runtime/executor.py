@@ -20,6 +20,7 @@ from ..interface_kv import KVKind
 from ..interface_step import StepBatch, StepResult
 from .device import TorchDevice
 from .dtypes import DTYPES
+from .image_rows import tower_memory
 from .kernels import register_generic
 from .model_runner import ModelRunner
 from .model_source import ModelSource, open_source
@@ -115,7 +116,7 @@ class TorchExecutor:
         attention, specs, decisions = self._attention(model, dtype, registry)
         log.extend([*ops.decisions, *decisions])
         needs = group_needs(model.cache_needs())
-        weight_bytes, budget = self._memory(model)
+        weight_bytes, budget = self._memory(model, spec.max_context or source.context_length)
         kv_dtype = next((s.stored_dtype for s in specs if s), dtype)
         size = getattr(attention, "page_size", DEFAULT_PAGE_SIZE)
         planner = CachePlanner(spec, needs, kv_dtype, source.context_length, budget, log, size)
@@ -205,9 +206,10 @@ class TorchExecutor:
         kept = Decision("keys and values", chosen, because, rejected)
         return backend, specs, [decision, kept]
 
-    def _memory(self, model: Model) -> tuple[int, tuple[int, str]]:
+    def _memory(self, model: Model, context: int) -> tuple[int, tuple[int, str]]:
         """Bytes of the weights, and what is left for the cache with the reason."""
-        weight_bytes = bytes_of_weights(model)
+        weight_bytes, tower = bytes_of_weights(model), tower_memory(model, context)
+        taken = f", and {gib(tower)} for images" if tower else ""
         free, _ = self._device.memory()
         fraction = self._spec.memory_fraction
         if weight_bytes > free:
@@ -216,9 +218,10 @@ class TorchExecutor:
                 "free. Use a 16-bit dtype or a smaller model, or free memory."
             )
         if fraction is None:
-            return weight_bytes, self._device.cache_budget(free, weight_bytes)
-        because = f"memory_fraction {fraction} of {gib(free)} free, less the weights"
-        return weight_bytes, (int(free * fraction) - weight_bytes, because)
+            budget, because = self._device.cache_budget(free, weight_bytes)
+            return weight_bytes, (budget - tower, because + taken)
+        because = f"memory_fraction {fraction} of {gib(free)} free, less the weights{taken}"
+        return weight_bytes, (int(free * fraction) - weight_bytes - tower, because)
 
     def _reserve(
         self,

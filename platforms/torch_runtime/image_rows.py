@@ -18,6 +18,18 @@ PATCHES_AT_ONCE = 8192
 """Of several images: what the tower needs beside its weights grows with them."""
 
 
+PATCHES_OF_ONE = 65_536
+"""The most that published settings make of one image."""
+
+
+def tower_memory(model: Model, context: int) -> int:
+    """Bytes that the tower needs beside its weights, for what may come at once in `context`."""
+    taken = model.images()
+    if taken is None:
+        return 0
+    return model.image_memory(min(PATCHES_OF_ONE, context * taken.merge**2))
+
+
 class ImageEncoder:
     """One per runner; a model without a tower gets steps without images."""
 

@@ -19,6 +19,7 @@ from .compress import compress_norm_rope_store
 from .compressed_attention import compressed_attention, index_topk
 from .device import TorchDevice
 from .experts import moe, moe_experts, moe_route
+from .fp8_rows import block_quant, inverse_rope_quant, qk_norm_rope_quant
 from .hyper_connections import mhc_head, mhc_post, mhc_post_pre, mhc_pre
 from .interleaved_rope import (
     grouped_linear,
@@ -171,6 +172,9 @@ GENERIC: dict[str, Callable[..., Any]] = {
     "shared_kv_norm_rope": shared_kv_norm_rope,
     "grouped_linear": grouped_linear,
     "inverse_rope_grouped_linear": inverse_rope_grouped_linear,
+    "block_quant": block_quant,
+    "inverse_rope_quant": inverse_rope_quant,
+    "qk_norm_rope_quant": qk_norm_rope_quant,
     "compress_norm_rope_store": compress_norm_rope_store,
     "index_topk": index_topk,
     "compressed_attention": compressed_attention,

@@ -53,6 +53,8 @@ OPS = {
     "mhc_head": "hyper_connections",
     "compress_norm_rope_store": "compress",
     "index_topk": "index_topk",
+    "inverse_rope_quant": "fp8_rows",
+    "qk_norm_rope_quant": "fp8_rows",
 }
 """Op -> the module that has its kernel."""
 

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from ...common.text.logprobs import token_name
 from ..errors import bad_request
-from ..protocol import DetokenizeRequest, TokenizeRequest, strip_messages
+from ..protocol import DetokenizeRequest, TokenizeRequest, strip_messages, strip_neutral
 from ..reading import checked, parse_json, read_body
 from ..responses import json_response
 from ..service import Service, encode
@@ -19,10 +19,12 @@ async def tokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     fields = parse_json(await read_body(request, service.options.max_body_bytes))
     loaded = service.loaded
+    platform = loaded.ready.platform
+    if not loaded.tools:
+        fields = strip_neutral(fields, {"tools": (None, [])}, frozenset(), platform)
     if "messages" in fields:
-        platform = loaded.ready.platform
         fields["messages"] = strip_messages(
-            fields["messages"], platform, service.model, loaded.images
+            fields["messages"], platform, service.model, loaded.images, loaded.tools
         )
     body = checked(TokenizeRequest, fields)
     service.check_model(body.model)

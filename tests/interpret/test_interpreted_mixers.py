@@ -24,6 +24,7 @@ from sixfold.platforms.interface import DeviceFacts
 from sixfold.platforms.torch_runtime import kernels as generic
 from sixfold.platforms.triton_kernels import (
     compress,
+    fp8_rows,
     hyper_connections,
     tuning,
     vector_attention,
@@ -133,6 +134,12 @@ INNER_FAULTS = [
     ("compress_norm_rope_store", "first + place >= 0", "first + place >= -99"),
     ("compress_norm_rope_store", "two * cos + one * sin", "two * cos - one * sin"),
     ("compress_norm_rope_store", "+ position % RING * WIDTH", "+ 0 * position * WIDTH"),
+    ("inverse_rope_quant", "sign = -sign", "sign = sign"),
+    ("inverse_rope_quant", "+ ((bits >> SHIFT) & 1)", ""),
+    ("inverse_rope_quant", "((127 - BIAS) << 3)", "(120 << 3)"),
+    ("qk_norm_rope_quant", "scale.to(tl.int32, bitcast=True) + 0x7FFFFF", "0x3F800000"),
+    ("qk_norm_rope_quant", "mask=last)", "mask=there & (column > REST))"),
+    ("qk_norm_rope_quant", "own *= tl.load", "own += 0.0 * tl.load"),
 ]
 INNER = {
     "latent_attention": (vector_attention, "vector_kernels"),
@@ -141,6 +148,8 @@ INNER = {
     "mhc_pre": (hyper_connections, "hyper_kernels"),
     "mhc_head": (hyper_connections, "hyper_kernels"),
     "compress_norm_rope_store": (compress, "compress_kernels"),
+    "inverse_rope_quant": (fp8_rows, "fp8_rows_kernels"),
+    "qk_norm_rope_quant": (fp8_rows, "fp8_rows_kernels"),
 }
 """Op -> the module that launches, and the one that has its kernels."""
 

@@ -17,7 +17,6 @@ from support.run_engine import finish, one_thread, serving, torch_executor
 from support.tiny_step3p7 import build, save
 
 from sixfold.common.errors import CheckpointError
-from sixfold.common.images.settings import read_image_settings
 from sixfold.common.messages import AddRequest, Image
 from sixfold.common.sampling import SamplingParams
 
@@ -135,11 +134,3 @@ def test_another_tower_is_refused(
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=next(iter(changes))):
         torch_executor(path).load()
-
-
-def test_a_server_says_that_it_cannot_cut_views(tmp_path: Path) -> None:
-    """It would otherwise prepare pictures as another family does."""
-    file = tmp_path / "preprocessor_config.json"
-    file.write_text(json.dumps({"image_processor_type": "Step3p7ImageProcessor"}))
-    with pytest.raises(CheckpointError, match="'Step3p7ImageProcessor', which is not supported"):
-        read_image_settings(tmp_path)

@@ -3,19 +3,14 @@ get what each gets alone: its caches of five kinds are kept apart and reused rig
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from crowds import check_crowd_of_sixteen
 from serving import Launcher, Running
 from support.tiny_deepseek_v4 import CONFIG, tensors, write
 from toy_checkpoint import VOCABULARY, write_toy_checkpoint
-
-SHARED = "The sea is made of water, and of what lives in it: "
-PROMPTS = [
-    SHARED[: 10 * (i % 5)] + chr(65 + i) * (1 + 3 * (i % 4)) + " and then" for i in range(16)
-]
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +23,8 @@ def deepseek(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Ru
     return launcher.start(path, "--platform", "cpu", "--threads", "1", *sizes)
 
 
-def complete(client: Any, prompt: str) -> tuple[str, int]:
-    """The answer, and how many tokens of the prompt were cached."""
-    body = {"max_tokens": 10, "temperature": 0, "extra_body": {"ignore_eos": True}}
-    found = client.completions.create(model="tiny-v4", prompt=prompt, **body)
-    return found.choices[0].text, found.usage.prompt_tokens_details.cached_tokens
-
-
 def test_sixteen_at_a_time_get_what_each_gets_alone(deepseek: Running) -> None:
-    with deepseek.openai() as client:
-        with ThreadPoolExecutor(16) as pool:
-            together = list(pool.map(lambda p: complete(client, p), PROMPTS))
-        alone = [complete(client, prompt) for prompt in PROMPTS]
-    assert [text for text, _ in together] == [text for text, _ in alone]
-    assert len({text for text, _ in alone}) > 8  # the prompts matter
-    assert max(cached for _, cached in alone) >= 16
+    check_crowd_of_sixteen(deepseek)
 
 
 def test_a_chat_is_rendered_as_the_model_knows_it(deepseek: Running) -> None:

@@ -18,10 +18,11 @@ from seeing_checkpoint import IMAGES, data_url, file_of, picture
 
 from sixfold.common.errors import RequestError
 from sixfold.common.images.patches import cut
+from sixfold.common.images.preparation import AsOne, read_preparation
 from sixfold.common.images.settings import read_image_settings
 from sixfold.platforms.interface import ImageInput
 from sixfold.server.errors import ApiError
-from sixfold.server.images import ImageReader, NoImages, open_reader, place
+from sixfold.server.images import ImageReader, NoImages, Pieces, open_reader, place
 
 TAKEN = ImageInput(token_id=9, merge=2, patch_values=3 * 2 * 16 * 16)
 FILE = file_of(picture(0, 64, 64))
@@ -35,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reader(folder: Path) -> ImageReader:
-    return ImageReader(read_image_settings(folder), TAKEN, 512, len(FILE) + 10)
+    return ImageReader(read_preparation(folder), {}, TAKEN, 512, len(FILE) + 10)
 
 
 class Files(BaseHTTPRequestHandler):
@@ -66,6 +67,11 @@ def read(reader: ImageReader, url: str) -> Any:
     return asyncio.run(reader.read(url, "where", 100))
 
 
+def patches_in(pieces: Any) -> Any:
+    (only,) = pieces.each
+    return only
+
+
 def refused(reader: ImageReader, url: str) -> tuple[str | None, str]:
     with pytest.raises((ApiError, RequestError)) as caught:
         read(reader, url)
@@ -76,12 +82,13 @@ def refused(reader: ImageReader, url: str) -> tuple[str | None, str]:
 
 def test_a_data_url_is_read_whatever_its_media_type(reader: ImageReader) -> None:
     for kind in ("image/png", "image/jpeg;charset=x", ""):
-        assert read(reader, data_url(FILE, kind)).grid == (1, 4, 4)
+        assert patches_in(read(reader, data_url(FILE, kind))).grid == (1, 4, 4)
 
 
 def test_a_fetched_file_is_the_same_image(reader: ImageReader, files: str) -> None:
     fetching = replace(reader, fetch=True)
-    assert read(fetching, f"{files}/ok").digest == read(reader, data_url(FILE)).digest
+    fetched, sent = (read(fetching, f"{files}/ok"), read(reader, data_url(FILE)))
+    assert patches_in(fetched).digest == patches_in(sent).digest
 
 
 @pytest.mark.parametrize(
@@ -106,7 +113,7 @@ def test_nothing_is_fetched_unless_allowed(reader: ImageReader, files: str) -> N
 def test_an_image_of_too_many_tokens_is_refused_before_it_is_cut(
     reader: ImageReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sixfold.server.images.cut", lambda *a: pytest.fail("was cut"))
+    monkeypatch.setattr(AsOne, "pieces", lambda *a: pytest.fail("was cut"))
     code, message = refused(replace(reader, max_context=104), data_url(FILE))
     assert code == "context_length_exceeded"
     assert "4 tokens, those before it 100" in message
@@ -115,10 +122,23 @@ def test_an_image_of_too_many_tokens_is_refused_before_it_is_cut(
 # ---- start
 
 
-def opened(folder: Path, taken: ImageInput | None, **features: list[str]) -> ImageReader | NoImages:
+class Words:
+    """A vocabulary in which all words but one are a token."""
+
+    def __init__(self, split: str = "") -> None:
+        self.split = split
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [1, 2] if text == self.split else [100 + len(text)]
+
+
+def opened(
+    folder: Path, taken: ImageInput | None, split: str = "", **features: list[str]
+) -> ImageReader | NoImages:
     checkpoint: Any = SimpleNamespace(path=folder)
+    tokenizer: Any = Words(split)
     ready: Any = SimpleNamespace(images=taken, max_context=512, features=features)
-    return open_reader(checkpoint, ready, 1000, False)
+    return open_reader(checkpoint, tokenizer, ready, 1000, False)
 
 
 def reason(found: ImageReader | NoImages) -> str:
@@ -143,21 +163,41 @@ def test_patches_of_another_size_are_refused(folder: Path, wrong: dict[str, int]
     assert "patches of 1536" in reason(opened(folder, replace(TAKEN, **wrong)))
 
 
+def test_words_that_are_no_tokens_refuse_images(folder: Path) -> None:
+    views = {"image_processor_type": "Step3p7ImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(views))
+    taken = ImageInput(token_id=9, merge=4, patch_values=3 * 14 * 14)
+    found = opened(folder, taken)
+    assert isinstance(found, ImageReader)
+    assert found.words["<patch_newline>"] == 100 + len("<patch_newline>")
+    assert "need <patch_end> between" in reason(opened(folder, taken, "<patch_end>"))
+
+
 # ---- placeholders
 
 
 def test_each_placeholder_becomes_its_images_tokens(folder: Path) -> None:
     settings = read_image_settings(folder)
     one, other = cut(picture(0, 64, 64), settings), cut(picture(1, 96, 64), settings)
-    ids, images = place([1, 9, 2, 9], [one, other], TAKEN)
+    ids, images = place([1, 9, 2, 9], [Pieces((one,), 2), Pieces((other,), 2)], TAKEN)
     assert ids == [1, *[9] * 4, 2, *[9] * 6]
     assert [image.start for image in images] == [1, 6]
     assert [image.digest for image in images] == [one.digest, other.digest]
     assert images[1].patches == other.values.tobytes()
 
 
+def test_an_image_of_several_pieces_keeps_their_order(folder: Path) -> None:
+    settings = read_image_settings(folder)
+    one, other = cut(picture(0, 64, 64), settings), cut(picture(1, 96, 64), settings)
+    pieces = Pieces((7, one, 8, other, 6), 2)
+    ids, images = place([1, 9, 2], [pieces], TAKEN)
+    assert ids == [1, 7, *[9] * 4, 8, *[9] * 6, 6, 2]
+    assert [image.start for image in images] == [2, 7]
+    assert pieces.tokens == len(ids) - 2
+
+
 @pytest.mark.parametrize("ids", [[1], [9, 9]])
 def test_placeholders_and_images_must_be_as_many(folder: Path, ids: list[int]) -> None:
     image = cut(picture(0, 64, 64), read_image_settings(folder))
     with pytest.raises(RequestError, match="placeholder"):
-        place(ids, [image], TAKEN)
+        place(ids, [Pieces((image,), 2)], TAKEN)

@@ -42,23 +42,27 @@ IMAGES: dict[str, Any] = {
 }
 
 
-def write_seeing(path: Path, seed: int = 0) -> Any:
+def write_seeing(path: Path, seed: int = 0, name: str = "dense") -> Any:
     """Into `path`; returns transformers' model with the same weights."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    model = tiny_qwen3_5.build("dense", seed, vocab_size=VOCABULARY, eos_token_id=END)
+    model = tiny_qwen3_5.build(name, seed, vocab_size=VOCABULARY, eos_token_id=END)
     model.config.image_token_id = PAD
     tiny_qwen3_5.save(model, path)
+    write_texts(path, SPECIALS, {"eos_token": SPECIALS[1], "chat_template": TEMPLATE})
+    (path / "preprocessor_config.json").write_text(json.dumps(IMAGES))
+    return model
+
+
+def write_texts(path: Path, specials: list[str], config: dict[str, Any]) -> None:
+    """A tokenizer of bytes and, behind them, `specials`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
     vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
     tokenizer.save(str(path / "tokenizer.json"))
-    texts = {"eos_token": SPECIALS[1], "chat_template": TEMPLATE}
-    (path / "tokenizer_config.json").write_text(json.dumps(texts))
-    (path / "preprocessor_config.json").write_text(json.dumps(IMAGES))
-    return model
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:

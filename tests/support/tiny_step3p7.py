@@ -86,10 +86,12 @@ NAMES = ("plain", "published")
 _FORMS = {"plain": TEXT, "published": PUBLISHED}
 
 
-def build(name: str) -> Any:
+def build(name: str, image_token: int = 250, **text: Any) -> Any:
     """transformers' model; the limits are small enough to bind."""
     config = transformers.Step3p7Config(
-        text_config=dict(_FORMS[name]), vision_config=dict(VISION), image_token_id=250
+        text_config={**_FORMS[name], **text},
+        vision_config=dict(VISION),
+        image_token_id=image_token,
     )
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
@@ -110,6 +112,8 @@ def save(model: Any, folder: Path, name: str) -> Path:
         tensors[f"model.layers.{LAYERS}.enorm.weight"] = torch.ones(SIZES["hidden_size"])
         save_file(tensors, folder / "model.safetensors")
         outer = json.loads((folder / "config.json").read_text())
-        outer["text_config"] = PUBLISHED
+        own = model.config.text_config
+        sizes = {field: getattr(own, field) for field in ("vocab_size", "eos_token_id")}
+        outer["text_config"] = {**PUBLISHED, **sizes}
         (folder / "config.json").write_text(json.dumps(outer))
     return folder

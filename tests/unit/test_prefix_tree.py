@@ -7,48 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.cached_prefixes import (
+    FULL,
+    SIZE,
+    cache_of,
+    computed,
+    depth,
+    remember,
+    snapshot,
+    tokens,
+)
 from support.engine_traffic import _nodes
 from support.mock_executor import group, state
 
 from sixfold.common.cache.kv_cache import KVCache
-from sixfold.common.cache.sequence import Sequence
 from sixfold.common.errors import CacheCorrupted, ConfigError
-from sixfold.platforms.interface_kv import I32, KVGroup, KVKind
-
-SIZE = 4
-FULL = group("full", 20, SIZE)
-
-
-def cache_of(*groups: KVGroup, eviction: str = "lru", prefix_cache: bool = True) -> KVCache:
-    return KVCache(groups or (FULL,), 8, 80, prefix_cache, eviction)
-
-
-def tokens(*values: int) -> I32:
-    """One page per value."""
-    return np.repeat(np.array(values, np.int32), SIZE)
-
-
-def computed(cache: KVCache, text: I32, priority: int = 0) -> Sequence:
-    """A row that computed `text` in one step, sharing what there was."""
-    row = cache.open()
-    nodes = cache.match(row.node, np.append(text, 99).astype(np.int32)).nodes
-    if nodes:
-        cache.adopt(row, nodes, priority)
-    assert cache.grow(row, cache.pages_for(len(text)) - row.pages)
-    cache.publish(row, text, priority)
-    cache.slide(row, len(text))
-    cache.check()
-    return row
-
-
-def remember(cache: KVCache, text: I32, priority: int = 0) -> None:
-    cache.close(computed(cache, text, priority))
-
-
-def depth(cache: KVCache, text: I32) -> int:
-    """Pages of `text` that the cache would serve to a prompt that goes on after it."""
-    return len(cache.match(cache.tree.root, np.append(text, 99).astype(np.int32)).nodes)
-
+from sixfold.platforms.interface_kv import KVGroup, KVKind
 
 # ---- matching
 
@@ -184,21 +158,6 @@ def test_window_pages_are_released_as_a_row_moves_on() -> None:
     cache.slide(row, 9)  # position 9 sees 4 to 9
     assert cache.tables[0][row.handle, :5].astype(bool).tolist() == [0, 1, 1, 1, 1]
     assert cache.pools[0].pinned == 4
-
-
-def snapshot(cache: KVCache, text: I32) -> None:
-    """A row computed `text` and left its state there; the copy is carried out."""
-    row = cache.open()
-    nodes = cache.match(row.node, np.append(text, 99).astype(np.int32)).nodes
-    if nodes:
-        cache.adopt(row, nodes, 0)
-    assert cache.grow(row, cache.pages_for(len(text)) - row.pages)
-    cache.states.promise(row, text)
-    cache.publish(row, text, 0)
-    cache.states.settle()
-    cache.close(row)
-    cache.states.take_moves()
-    cache.check()
 
 
 STATES = state("state", 10, SIZE)

@@ -131,6 +131,18 @@ def test_added_text_tokens_are_always_shown() -> None:
     assert "".join(streamed(tokenizer, ids)) == "é<tool>é"
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_special_tokens_that_are_wanted_are_shown(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    mark = "<|im_end|>" if name == "smollm2" else "<|end|>"
+    end = tokenizer.backend.token_to_id(mark)
+    ids = [*tokenizer.encode("ab"), end]
+    for shown, there in (((mark, "<|other|>"), True), (("<|other|>",), False)):
+        stream = tokenizer.stream(shown=shown)
+        text = "".join([*map(stream.step, ids), stream.flush()])
+        assert (mark in text) == there
+
+
 def test_bytes_of_single_tokens() -> None:
     tokenizer = TOKENIZERS["byte_fallback_strip"]
     assert tokenizer.token_bytes(0xE2) == b"\xe2"
