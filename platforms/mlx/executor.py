@@ -37,6 +37,9 @@ from .runner import CacheGroup, MLXRunner, Started
 
 OPS = ("sample", "logprobs")
 TEXT_ONLY = Support(Status.NO, "It runs mlx-lm's models, which read text only.")
+NO_DRAFTS = Support(
+    Status.NO, "The MLX executor samples one token of a row in a step, and verifies no drafts."
+)
 KINDS = frozenset({KVKind.FULL, KVKind.WINDOW, KVKind.RECURRENT})
 CACHE_SHARE = 4
 
@@ -91,6 +94,10 @@ class MLXExecutor:
         self._device(log)
         if spec.graphs == "on":
             raise ConfigError("--graphs on cannot be had: MLX builds every step anew. Use off.")
+        if spec.draft is not None:
+            raise ConfigError(
+                f"--draft {spec.draft} cannot be had: {NO_DRAFTS.reason} Leave it out."
+            )
         log.add("step", "op by op", "MLX builds every step anew, and runs it as a whole")
         checkpoint = open_checkpoint(spec.model_path)
         model, _ = load_model(checkpoint, spec, log)
@@ -213,6 +220,6 @@ class MLXExecutor:
             weight_bytes=weights,
             cache_bytes=plan.bytes,
             device=self._facts,
-            features={**features, "images": TEXT_ONLY},
+            features={**features, "images": TEXT_ONLY, "drafts": NO_DRAFTS},
             decisions=tuple(log),
         )
