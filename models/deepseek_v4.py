@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -182,15 +182,16 @@ class DeepseekV4Model(Model):
         embedded = self.embed(token_ids)
         streams = embedded.unsqueeze(1).expand(-1, self.args.streams, -1).contiguous()
         angles = self._angles(positions)
-        last = None
-        for block in self.layers:
+        first, *others = self.layers
+        streams, last = first(streams, None, token_ids, angles, step)
+        for block in others:
             streams, last = block(streams, last, token_ids, angles, step)
         streams = self.hc_head.written(streams, last)
         return streams.flatten(1) if self.drafts else self._single(streams)
 
     def _single(self, streams: Tensor, head: nn.Module | None = None) -> Tensor:
         """(T, N, D) -> (T, D), by `head` in place of the model's own end."""
-        end = self if head is None else head
+        end: Any = self if head is None else head
         result: Tensor = end.norm(end.hc_head(streams))
         return result
 
@@ -201,7 +202,8 @@ class DeepseekV4Model(Model):
         rotary = self.window_rope(positions)
         angles = Angles(rotary, rotary, {})
         given = self.embed(token_ids), self._streams(hidden), token_ids, angles, step
-        made: Tensor = self.mtp[0].draft(*given)
+        head: Any = self.mtp[0]
+        made: Tensor = head.draft(*given)
         return made.flatten(1)
 
     def draft_logits(self, hidden: Tensor) -> Tensor:

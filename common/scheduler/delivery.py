@@ -35,7 +35,7 @@ class StepReader:
         found = [self._token(token) for token in self._tokens[index][:count]]
         if found[: len(drafts)] == list(drafts[:count]) and count <= len(drafts):
             return [*found, None]
-        if found[:-1] != list(drafts[: count - 1]):
+        if len(found) != count or found[:-1] != list(drafts[: count - 1]):
             raise EngineDied(
                 f"The executor accepted {count} tokens of row {index} in step {self._result.step}; "
                 f"they are {found} and its drafts {list(drafts)}."

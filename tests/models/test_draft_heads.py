@@ -6,18 +6,22 @@ answer changes by it. The engine's own guesses are read where it holds them, bef
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from support.draft_oracles import MAKE, Oracle
 from support.engine_drafts import KnowingDrafter, draft_with
 from support.run_engine import complete, one_thread, serving, torch_executor
+from support.tiny_models import TINY, save
 
 from sixfold.common.config import EngineConfig
 from sixfold.common.engine import Engine
+from sixfold.common.errors import CheckpointError
 from sixfold.common.messages import AddRequest
 from sixfold.common.sampling import SamplingParams
 from sixfold.common.speculative.drafters import HeadDrafter
@@ -125,3 +129,17 @@ def told(
             made[int(output.request_id)][0].extend(output.token_ids)
             made[int(output.request_id)][1].extend(e.logprob for e in output.logprobs or ())
     return made
+
+
+def test_without_a_head_there_is_one_sentence(oracle: Oracle, tmp_path: Path) -> None:
+    """A family that has none, and a checkpoint that lacks its tensors; ngrams are named instead."""
+    (tmp_path / "bare").mkdir()
+    shutil.copy(oracle.path / "config.json", tmp_path / "bare")
+    stored = load_file(oracle.path / "model.safetensors")
+    head = "mtp." if any(name.startswith("mtp.") for name in stored) else "model.layers.3."
+    kept = {name: tensor for name, tensor in stored.items() if not name.startswith(head)}
+    save_file(kept, tmp_path / "bare" / "model.safetensors")
+    save(TINY["llama"].model(), tmp_path / "llama")
+    for name, words in (("llama", "family without one"), ("bare", "no tensors of one")):
+        with pytest.raises(CheckpointError, match=f"{words}.*Use --draft ngram"):
+            torch_executor(tmp_path / name, draft="mtp").load()
