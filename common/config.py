@@ -29,6 +29,8 @@ class EngineConfig:
     quantize: str | None = None  # int8 | int4 | fp8: matrices, on load; none: in the dtype
     kv_dtype: str | None = None  # of keys and values: as dtype, or int8
     graphs: str | None = None  # on | off: capture steps and replay them
+    draft: str | None = None  # mtp | ngram: who guesses tokens that a step then verifies
+    draft_tokens: int = 3  # most of them for a row in one step
     weight_cache: bool = True  # packed matrices on disk, for the next start
     kernels: dict[str, str] = field(default_factory=dict)  # op -> provider
     strict: bool = False
@@ -41,7 +43,7 @@ class EngineConfig:
         for name in ("max_context", "page_size", "cache_tokens", "threads"):
             value = getattr(self, name)
             need(value is None or value >= 1, name, "at least 1")
-        for name in ("max_rows", "max_step_tokens", "max_queue"):
+        for name in ("max_rows", "max_step_tokens", "max_queue", "draft_tokens"):
             need(getattr(self, name) >= 1, name, "at least 1")
         fraction = self.memory_fraction
         need(fraction is None or 0 < fraction <= 1, "memory_fraction", "in (0, 1]")
@@ -52,6 +54,7 @@ class EngineConfig:
         kv_dtypes = (*dtypes, "int8")
         need(self.kv_dtype in kv_dtypes, "kv_dtype", "float32, bfloat16, float16 or int8")
         need(self.graphs in (None, "on", "off"), "graphs", "on or off")
+        need(self.draft in (None, "mtp", "ngram"), "draft", "mtp or ngram")
         need(self.eviction in ("lru", "lfu", "priority"), "eviction", "lru, lfu or priority")
         need(self.device_index >= 0, "device_index", "at least 0")
         need(

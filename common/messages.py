@@ -104,6 +104,8 @@ class EngineStats(Message):
     finished: dict[str, int]  # finish reason -> count
     step_seconds: float
     device_seconds: float
+    drafted_tokens: int = 0  # guessed and verified
+    accepted_drafts: int = 0  # of these, the ones that were right
 
 
 class Loading(Message):

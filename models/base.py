@@ -97,6 +97,21 @@ class Model(nn.Module):
         """(N, hidden) -> (N, vocab) float32. Called only for positions whose logits are wanted."""
         raise NotImplementedError
 
+    @property
+    def drafts(self) -> bool:
+        """Whether the model was built with its draft head, the module `mtp`. Its caches are sites
+        of their own, and `forward` then gives the hidden states that it reads."""
+        return hasattr(self, "mtp")
+
+    def draft(self, hidden: Tensor, token_ids: Tensor, positions: Tensor, step: Step) -> Tensor:
+        """The head over tokens whose hidden states (T, …) `forward`, or the head itself, gave;
+        `token_ids` (T,) are those after them -> the head's hidden states, of the same shape."""
+        raise NotImplementedError(f"{type(self).__name__} has no draft head.")
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """What `draft` gave (N, …) -> (N, vocab) float32: of the token after the next."""
+        raise NotImplementedError(f"{type(self).__name__} has no draft head.")
+
     def images(self) -> ImageInput | None:
         """How the model takes images; None: it reads text only. One that takes images has its
         vision tower as the module `vision` and implements `image_rows`; its `forward` takes

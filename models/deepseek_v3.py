@@ -20,7 +20,7 @@ from ..platforms.interface_kernels import Problem
 from ..platforms.interface_kv import CacheNeed, KVKind
 from .base import Placement, Step, layer_of
 from .experts import Experts, SigmoidRouter, expert_placement
-from .layers import Build, GatedMLP, HeadNorm, Layer, Linear
+from .layers import Build, GatedMLP, HeadNorm, Layer, Linear, Norm
 from .llama import LlamaBlock, LlamaTrunk, Rotary, TrunkModel, common_args
 from .rope import Rope, rope_settings
 
@@ -215,6 +215,35 @@ class DeepseekV3Experts(nn.Module):
         return routed + self.shared_experts(x)
 
 
+class SharedHead(nn.Module):
+    """What the head has of its own before the model's last product."""
+
+    def __init__(self, args: DeepseekV3Args, build: Build) -> None:
+        super().__init__()
+        self.norm = Norm(args.width, args.eps, build)
+
+
+class DeepseekV3Draft(LlamaBlock):
+    """The head that predicts one token more (DeepSeek-V3 report, section 2.2): a layer over one
+    product of the next token's embedding and the model's hidden state, both normed. What it feeds
+    back to itself is its output before its own norm."""
+
+    def __init__(
+        self, attention: LatentAttention, mlp: nn.Module, args: DeepseekV3Args, build: Build
+    ) -> None:
+        super().__init__(attention, mlp, args, build)
+        self.enorm = Norm(args.width, args.eps, build)
+        self.hnorm = Norm(args.width, args.eps, build)
+        self.eh_proj = Linear(2 * args.width, args.width, build)
+        self.shared_head = SharedHead(args, build)
+
+    def draft(self, embedded: Tensor, hidden: Tensor, rotary: Rotary, step: Step) -> Tensor:
+        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
+        x, residual = self(x, None, rotary, step)
+        result: Tensor = x + residual
+        return result
+
+
 class DeepseekV3Model(TrunkModel):
     def __init__(self, fields: Fields, build: Build) -> None:
         super().__init__()
@@ -228,6 +257,10 @@ class DeepseekV3Model(TrunkModel):
         self.model = LlamaTrunk(blocks, args, build)
         self.lm_head = None if args.tied else Linear(args.width, args.vocabulary, build)
         self.rope = Rope(args.rope, args.rope_dim, build)
+        if build.drafts and fields.integer("num_nextn_predict_layers", 0):
+            attention = LatentAttention(args, args.layers, build)
+            self._needs.append(attention.need())
+            self.mtp = DeepseekV3Draft(attention, self._mlp(args.layers, build), args, build)
 
     def _mlp(self, layer: int, build: Build) -> nn.Module:
         if layer < self.args.dense_layers:
@@ -238,7 +271,7 @@ class DeepseekV3Model(TrunkModel):
         return self._needs
 
     def attention_specs(self) -> Sequence[AttentionSpec | None]:
-        return [None] * self.args.layers
+        return [None] * len(self._needs)
 
     def forward(self, token_ids: Tensor, positions: Tensor, step: Step) -> Tensor:
         x, residual = self.model.embed_tokens(token_ids), None
@@ -247,8 +280,20 @@ class DeepseekV3Model(TrunkModel):
             x, residual = block(x, residual, rotary, step)
         return self.model.norm.add(x, residual)[0]
 
+    def draft(self, hidden: Tensor, token_ids: Tensor, positions: Tensor, step: Step) -> Tensor:
+        embedded = self.model.embed_tokens(token_ids)
+        return self.mtp.draft(embedded, hidden, self.rope(positions), step)
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        return self.logits(self.mtp.shared_head.norm(hidden))
+
     def placement(self, name: str) -> Placement | None:
-        """The layers behind the last predict a second token; they are known and not used."""
-        if layer_of(name) >= self.args.layers:
+        """The layers behind the last are draft heads. The first of them is loaded where something
+        drafts with it, but for its copies of the embedding and the head."""
+        behind = layer_of(name) - self.args.layers
+        if behind < 0:
+            return expert_placement(name, self.args.expert_inner)
+        leaf = name.removeprefix(f"model.layers.{self.args.layers}.")
+        if behind or not self.drafts or leaf in ("embed_tokens.weight", "shared_head.head.weight"):
             return None
-        return expert_placement(name, self.args.expert_inner)
+        return expert_placement(f"mtp.{leaf}", self.args.expert_inner)

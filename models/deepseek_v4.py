@@ -1,10 +1,11 @@
 """DeepSeek-V4: residual streams mixed by hyper-connections, attention over a window and compressed
-entries, mixtures of experts. Its draft layers are known and not loaded."""
+entries, mixtures of experts. Where something drafts with it, its draft layer, over the streams."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
 from ..platforms.interface_kv import CacheNeed
 from .base import Model, Placement, Step
-from .deepseek_v4_args import DeepseekV4Args
+from .deepseek_v4_args import DeepseekV4Args, Kind
 from .deepseek_v4_attention import Angles, DeepseekV4Attention, PlainNorm
 from .deepseek_v4_experts import DeepseekV4Experts
 from .layers import Build, Embedding, HeadNorm, Layer, Linear
@@ -67,7 +68,7 @@ class Mixer(Layer):
 
 
 class Collapse(Layer):
-    """All streams to one, behind the last layer."""
+    """All streams to one, behind a last layer."""
 
     def __init__(self, args: DeepseekV4Args, build: Build) -> None:
         super().__init__(build)
@@ -76,9 +77,13 @@ class Collapse(Layer):
         self.scale = build.parameter(1, dtype=torch.float32)
         self.args = args
 
-    def forward(self, streams: Tensor, last: WriteBack) -> Tensor:
+    def written(self, streams: Tensor, last: WriteBack) -> Tensor:
+        """The streams (T, N, D) with `last` written back."""
         made, post, mixing = last
-        streams = self.ops.mhc_post(made, streams, post, mixing)
+        result: Tensor = self.ops.mhc_post(made, streams, post, mixing)
+        return result
+
+    def forward(self, streams: Tensor) -> Tensor:
         args = self.args
         result: Tensor = self.ops.mhc_head(
             streams, self.fn, self.base, self.scale, args.mix_eps, args.eps
@@ -92,9 +97,11 @@ class Collapse(Layer):
 
 
 class DeepseekV4Block(nn.Module):
-    def __init__(self, args: DeepseekV4Args, layer: int, first_site: int, build: Build) -> None:
+    def __init__(
+        self, args: DeepseekV4Args, layer: int, first_site: int, build: Build, first: bool
+    ) -> None:
         super().__init__()
-        self.hc_attn = Mixer(args, layer == 0, build)
+        self.hc_attn = Mixer(args, first, build)
         self.attn_norm = HeadNorm(args.width, args.eps, build)
         self.attn = DeepseekV4Attention(args, layer, first_site, build)
         self.hc_ffn = Mixer(args, False, build)
@@ -115,6 +122,27 @@ class DeepseekV4Block(nn.Module):
         return streams, WriteBack(self.ffn(x, token_ids), post, mixing)
 
 
+class DeepseekV4Draft(DeepseekV4Block):
+    """The layer that predicts one token more: the next token's embedding added to every stream, and
+    a block of its own. It feeds on its own streams alike."""
+
+    def __init__(self, args: DeepseekV4Args, first_site: int, build: Build) -> None:
+        more = replace(args, kinds=(*args.kinds, Kind.WINDOW), ratios=(*args.ratios, 0))
+        super().__init__(more, len(args.kinds), first_site, build, first=True)
+        self.enorm, self.hnorm = (PlainNorm(args.width, args.eps, build) for _ in range(2))
+        self.e_proj, self.h_proj = (Linear(args.width, args.width, build) for _ in range(2))
+        self.hc_head = Collapse(args, build)
+        self.norm = PlainNorm(args.width, args.eps, build)
+
+    def draft(
+        self, embedded: Tensor, streams: Tensor, token_ids: Tensor, angles: Angles, step: Step
+    ) -> Tensor:
+        """embedded (T, D), streams (T, N, D) -> (T, N, D)."""
+        own = self.h_proj(self.hnorm(streams.flatten(0, 1))).view(streams.shape)
+        begun = own + self.e_proj(self.enorm(embedded)).unsqueeze(1)
+        return self.hc_head.written(*self(begun, None, token_ids, angles, step))
+
+
 class DeepseekV4Model(Model):
     def __init__(self, fields: Fields, build: Build) -> None:
         super().__init__()
@@ -123,7 +151,7 @@ class DeepseekV4Model(Model):
         self.layers = nn.ModuleList()
         self._needs: list[CacheNeed] = []
         for layer in range(len(args.kinds)):
-            block = DeepseekV4Block(args, layer, len(self._needs), build)
+            block = DeepseekV4Block(args, layer, len(self._needs), build, first=layer == 0)
             self.layers.append(block)
             self._needs += block.attn.needs()
         self.hc_head = Collapse(args, build)
@@ -131,6 +159,10 @@ class DeepseekV4Model(Model):
         self.lm_head = Linear(args.width, args.vocabulary, build)
         self.window_rope = Rope(args.window_rope, args.rope_dim, build)
         self.entry_rope = Rope(args.entry_rope, args.rope_dim, build)
+        if build.drafts and fields.integer("num_nextn_predict_layers", 0):
+            head = DeepseekV4Draft(args, len(self._needs), build)
+            self._needs += head.attn.needs()
+            self.mtp = nn.ModuleList([head])
 
     def cache_needs(self) -> Sequence[CacheNeed]:
         return self._needs
@@ -140,17 +172,43 @@ class DeepseekV4Model(Model):
         return [None] * len(self._needs)
 
     def placement(self, name: str) -> Placement | None:
+        """The first draft layer is loaded where something drafts with it."""
+        if name.startswith("mtp.") and not (self.drafts and name.startswith("mtp.0.")):
+            return None
         return self.args.placement(name)
 
     def forward(self, token_ids: Tensor, positions: Tensor, step: Step) -> Tensor:
+        """With the draft layer, which reads streams, these are the hidden states: (T, N * D)."""
         embedded = self.embed(token_ids)
         streams = embedded.unsqueeze(1).expand(-1, self.args.streams, -1).contiguous()
         angles = self._angles(positions)
-        last = None
-        for block in self.layers:
+        first, *others = self.layers
+        streams, last = first(streams, None, token_ids, angles, step)
+        for block in others:
             streams, last = block(streams, last, token_ids, angles, step)
-        result: Tensor = self.norm(self.hc_head(streams, last))
+        streams = self.hc_head.written(streams, last)
+        return streams.flatten(1) if self.drafts else self._single(streams)
+
+    def _single(self, streams: Tensor, head: nn.Module | None = None) -> Tensor:
+        """(T, N, D) -> (T, D), by `head` in place of the model's own end."""
+        end: Any = self if head is None else head
+        result: Tensor = end.norm(end.hc_head(streams))
         return result
+
+    def _streams(self, hidden: Tensor) -> Tensor:
+        return hidden.unflatten(1, (self.args.streams, self.args.width))
+
+    def draft(self, hidden: Tensor, token_ids: Tensor, positions: Tensor, step: Step) -> Tensor:
+        rotary = self.window_rope(positions)
+        angles = Angles(rotary, rotary, {})
+        given = self.embed(token_ids), self._streams(hidden), token_ids, angles, step
+        head: Any = self.mtp[0]
+        made: Tensor = head.draft(*given)
+        return made.flatten(1)
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(self._single(self._streams(hidden), self.mtp[0]))
+        return logits.float()
 
     def _angles(self, positions: Tensor) -> Angles:
         ratios = {ratio for ratio in self.args.ratios if ratio}
@@ -158,5 +216,6 @@ class DeepseekV4Model(Model):
         return Angles(self.window_rope(positions), self.entry_rope(positions), completed)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(hidden)
+        single = self._single(self._streams(hidden)) if self.drafts else hidden
+        logits: Tensor = self.lm_head(single)
         return logits.float()

@@ -97,9 +97,7 @@ class DeepseekV4Args:
         )
 
     def placement(self, name: str) -> Placement | None:
-        """Of a published tensor; None for those of the draft layers, which are not loaded."""
-        if name.startswith("mtp."):
-            return None
+        """Of a published tensor, the draft layers' too."""
         expert = _EXPERT.fullmatch(name)
         if expert:
             return self._expert(expert[1], int(expert[2]), expert[3])
@@ -125,7 +123,7 @@ class DeepseekV4Args:
         return Placement(f"{module}.projection.weight", (rows,))
 
 
-_EXPERT = re.compile(r"(layers\.\d+\.ffn)\.experts\.(\d+)\.(w[123])\.weight")
+_EXPERT = re.compile(r"((?:layers|mtp)\.\d+\.ffn)\.experts\.(\d+)\.(w[123])\.weight")
 _RENAMED = (
     (re.compile(r"^head\.weight$"), "lm_head.weight"),
     (re.compile(r"compressor\.norm\.weight$"), "compressor.norm"),

@@ -21,6 +21,7 @@ class Build:
 
     ops: KernelTable
     dtype: torch.dtype  # of weights and activations
+    drafts: bool = False  # with the draft head, where the family has one
 
     @property
     def dtype_name(self) -> str:

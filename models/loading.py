@@ -104,10 +104,14 @@ class _Piece:
 
 
 def build_model(
-    checkpoint: Checkpoint, ops: KernelTable, dtype: torch.dtype, quantize: str = ""
+    checkpoint: Checkpoint,
+    ops: KernelTable,
+    dtype: torch.dtype,
+    quantize: str = "",
+    drafts: bool = False,
 ) -> Model:
-    """The model without weights (on meta). `quantize` as in `assign_schemes`. Raises
-    CheckpointError for what is not supported."""
+    """The model without weights (on meta). `quantize` as in `assign_schemes`; `drafts`: with its
+    draft head. Raises CheckpointError for what is not supported."""
     family = FAMILIES.get(checkpoint.architecture)
     if family is None:
         raise CheckpointError(
@@ -115,12 +119,26 @@ def build_model(
             f"supported: {' '.join(FAMILIES)}."
         )
     with torch.device("meta"):
-        model = family(checkpoint.fields, Build(ops, dtype)).eval()
+        model = family(checkpoint.fields, Build(ops, dtype, drafts)).eval()
+    if drafts:
+        _require_head(model, checkpoint)
     stored = {}
     if quantize == "stored":
         stored = _stored_schemes(model, open_weights(checkpoint), str(dtype).removeprefix("torch."))
     assign_schemes(model, quantize, stored)
     return model
+
+
+def _require_head(model: Model, checkpoint: Checkpoint) -> None:
+    names = (_canonical(tensor, model) for tensor in open_weights(checkpoint).names())
+    places = (model.placement(name) for name in names if name)
+    if model.drafts and any(place and place.parameter.startswith("mtp.") for place in places):
+        return
+    lacks = "has no tensors of one" if model.drafts else "is of a family without one"
+    raise CheckpointError(
+        f"--draft mtp wants a draft head (MTP): {checkpoint.path} {lacks} (architecture "
+        f"{checkpoint.architecture!r}). Use --draft ngram, or leave --draft out."
+    )
 
 
 def open_weights(checkpoint: Checkpoint) -> WeightSource:
@@ -148,9 +166,12 @@ def _stored_schemes(model: Model, source: WeightSource, dtype_name: str) -> dict
     return {name: scheme for name, scheme in found.items() if name in known}
 
 
-def kernel_problems(checkpoint: Checkpoint, dtype_name: str, quantize: str = "") -> list[Problem]:
+def kernel_problems(
+    checkpoint: Checkpoint, dtype_name: str, quantize: str = "", drafts: bool = False
+) -> list[Problem]:
     """The ops that the model calls, with their static sizes; attention is not among them."""
-    model = build_model(checkpoint, KernelTable({}, ()), getattr(torch, dtype_name), quantize)
+    dtype = getattr(torch, dtype_name)
+    model = build_model(checkpoint, KernelTable({}, ()), dtype, quantize, drafts)
     found: dict[tuple[object, ...], Problem] = {}
     for module in model.modules():
         if isinstance(module, Layer):

@@ -86,6 +86,15 @@ def _layer_types(fields: Fields) -> tuple[str, ...]:
     return tuple(types)
 
 
+def _draft_layers(fields: Fields) -> int:
+    layers = fields.integer("mtp_num_hidden_layers", 1)
+    if layers not in (0, 1):
+        raise fields.unsupported("mtp_num_hidden_layers", "0 or 1")
+    if fields.flag("mtp_use_dedicated_embeddings", False):
+        raise fields.unsupported("mtp_use_dedicated_embeddings", "false")
+    return layers
+
+
 class Unrounded(Linear):
     """A few rows that steer: rounding them would save nothing and cost digits."""
 
@@ -217,6 +226,26 @@ class Qwen35Block(nn.Module):
         return self.mlp(x), residual
 
 
+class Qwen35Draft(nn.Module):
+    """The head that predicts one token more: the next token's embedding and the model's hidden
+    state, both normed, through one product and one layer. It feeds on its own output alike."""
+
+    def __init__(
+        self, attention: GatedAttention, mlp: nn.Module, args: Qwen35Args, build: Build
+    ) -> None:
+        super().__init__()
+        self.pre_fc_norm_embedding = Norm(args.width, args.eps, build, _ONE)
+        self.pre_fc_norm_hidden = Norm(args.width, args.eps, build, _ONE)
+        self.fc = Linear(2 * args.width, args.width, build)
+        self.layers = nn.ModuleList([Qwen35Block(FULL, attention, mlp, args, build)])
+        self.norm = Norm(args.width, args.eps, build, _ONE)
+
+    def forward(self, embedded: Tensor, hidden: Tensor, rotary: Rotary, step: Step) -> Tensor:
+        both = self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)
+        x, residual = self.layers[0](self.fc(torch.cat(both, dim=-1)), None, rotary, step)
+        return self.norm.add(x, residual)[0]
+
+
 class Qwen35Model(TrunkModel):
     args_class: type[Qwen35Args] = Qwen35Args
 
@@ -238,6 +267,10 @@ class Qwen35Model(TrunkModel):
         seen = vision_fields(fields)
         self.vision = None if seen is None else Qwen35Vision(seen, build)
         self.image_token = 0 if seen is None else fields.positive("image_token_id")
+        if build.drafts and _draft_layers(fields):
+            attention = GatedAttention(args, len(self._mixers), build)
+            self._mixers.append(attention)
+            self.mtp = Qwen35Draft(attention, self.make_mlp(args, build), args, build)
 
     def make_mlp(self, args: Qwen35Args, build: Build) -> nn.Module:
         return GatedMLP(args.width, args.inner, build)
@@ -273,6 +306,17 @@ class Qwen35Model(TrunkModel):
             x, residual = block(x, residual, rotary, step)
         return self.model.norm.add(x, residual)[0]
 
+    def draft(self, hidden: Tensor, token_ids: Tensor, positions: Tensor, step: Step) -> Tensor:
+        made: Tensor = self.mtp(
+            self.model.embed_tokens(token_ids), hidden, self.rope(positions), step
+        )
+        return made
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        return self.logits(hidden)
+
     def placement(self, name: str) -> Placement | None:
-        """The head that predicts a second token is known and not used."""
-        return None if name.startswith("mtp.") else super().placement(name)
+        """The draft head is known, and loaded where something drafts with it."""
+        if name.startswith("mtp.") and not self.drafts:
+            return None
+        return super().placement(name)

@@ -195,16 +195,17 @@ class CachePlanner:
         return KVGroup(need.name, KVKind.WINDOW, size, min(pages, most), need.need.window, cost)
 
     def _slots(self, cost: int) -> int:
-        """Slots of `cost` bytes: one for each row, and two snapshots for each where they take at
-        most a quarter of the budget."""
+        """Slots of `cost` bytes: one for each row, one more to go back to where there are drafts,
+        and two snapshots for each where they take at most a quarter of the budget."""
         rows = self._spec.max_rows
-        if rows * cost > self._budget:
+        each = 1 if self._spec.draft is None else 2
+        if each * rows * cost > self._budget:
             raise OutOfMemory(
-                f"The states of {rows} rows need {gib(rows * cost)}, there is room for "
+                f"The states of {rows} rows need {gib(each * rows * cost)}, there is room for "
                 f"{gib(max(0, self._budget))} ({self._budget_reason}). Lower max_rows to at most "
-                f"{max(0, self._budget) // cost}."
+                f"{max(0, self._budget) // cost // each}."
             )
-        return rows + min(2 * rows, self._budget // 4 // cost)
+        return each * rows + min(2 * rows, self._budget // 4 // cost)
 
     def _require(self, needed: int, what: str) -> None:
         if needed > self._budget:

@@ -131,6 +131,8 @@ class EngineSpec:
     quantize: str | None = None  # "int8" | "int4" | "fp8", on load; "none": in the dtype
     kv_dtype: str | None = None  # of keys and values: as dtype, or "int8"
     graphs: str | None = None  # "on" | "off": capture steps and replay them
+    draft: str | None = None  # "mtp": load the model's draft head; "ngram": the engine drafts
+    draft_tokens: int = 3  # most drafts of a row in one step
     weight_cache: bool = False  # keep packed matrices on disk, for the next start
     kernels: Mapping[str, str] = field(default_factory=dict)  # op -> provider, chosen by the user
     strict: bool = False

@@ -22,7 +22,7 @@ class Want(IntFlag):
     """What a row wants from a step."""
 
     NOTHING = 0
-    SAMPLE = 1  # one token from the logits of the row's last position
+    SAMPLE = 1  # one token from the logits of the row's last position, and one before each draft
     PROMPT_LOGPROBS = 2  # log-probabilities of `prompt_targets` at every position of the row
 
 
@@ -50,7 +50,8 @@ class StepImage:
 
 @dataclass(frozen=True, slots=True)
 class SamplingArrays:
-    """Sampling parameters of the R rows of a step, as arrays of length R unless stated.
+    """Sampling parameters of the R rows of a step, as arrays of length R unless stated. In a step
+    with drafts a row has a line for each token that it samples: R is then the number of lines.
 
     Order of application (fixed, see `common/ops/sample.py`): logit bias, repetition, presence and
     frequency penalty, grammar mask, temperature, top-k, top-p, min-p, the draw by `uniform`.
@@ -108,7 +109,7 @@ class StepBatch:
     sampling: SamplingArrays
     state_slots: Mapping[str, I32] = field(default_factory=dict)  # RECURRENT groups -> (R,)
     moves: tuple[PageCopy, ...] = ()
-    grammar_mask: U32 | None = None  # (R, ceil(V/32)), bit set = allowed
+    grammar_mask: U32 | None = None  # (R or lines, ceil(V/32)), bit set = allowed
     prompt_targets: I32 | None = None  # (T,) the next prompt token of each position, -1 = none
     # (T, W) bool, W the most new tokens of a row: which of its row's new tokens a new token sees,
     # itself always, later ones never; None = all up to itself. Context is seen in any case.
@@ -119,10 +120,26 @@ class StepBatch:
     # (3, T) rotary positions (time, height, width) where a row of the step has images; None: a
     # token's position is its place in its row. Caches go by the place in any case.
     rotary: I32 | None = None
+    # (R,) how many of a row's last new tokens are drafts, which may be wrong; None = none at all.
+    # Row r then samples 1 + draft_counts[r] tokens, each as its own line of `sampling` says: one in
+    # place of every draft, by what is before it, and one behind the last.
+    draft_counts: I32 | None = None
+    # (R,) most drafts that the model's head is to make for what follows the row's last token, whose
+    # places in the cache the row has; and the token after its new ones where that is known, -1: the
+    # one that it samples. Both where the head drafts.
+    drafts_wanted: I32 | None = None
+    next_tokens: I32 | None = None
 
     @property
     def rows(self) -> int:
         return len(self.row_ids)
+
+    @property
+    def line_start(self) -> I32:
+        """(R+1,) where each row's lines of `sampling` begin."""
+        if self.draft_counts is None:
+            return np.arange(self.rows + 1, dtype=np.int32)
+        return np.concatenate(([0], np.cumsum(1 + self.draft_counts))).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +154,19 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Rows are those of the StepBatch of the same `step`; rows that did not sample hold -1."""
+    """Rows are those of the StepBatch of the same `step`; rows that did not sample hold -1.
+
+    Of a row's samples those count whose drafts before them are what was sampled in their place:
+    the first ones, up to and with the first that differs from its draft.
+    """
 
     step: int
-    token_ids: I32  # (R, k) sampled tokens; k = 1 without speculation
+    token_ids: I32  # (R, k) sampled tokens, -1 behind those that count; k = 1 without drafts
     accepted: I32  # (R,) how many of the k are real (0 for rows that did not sample)
-    logprobs: F32 | None = None  # (R,) of the sampled token; None when no row asked
-    top_ids: I32 | None = None  # (R, K)
-    top_logprobs: F32 | None = None  # (R, K)
+    # By lines of `sampling`, L of them, which are rows where there are no drafts.
+    logprobs: F32 | None = None  # (L,) of the sampled token; None when no row asked
+    top_ids: I32 | None = None  # (L, K)
+    top_logprobs: F32 | None = None  # (L, K)
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     device_seconds: float = 0.0
+    drafts: I32 | None = None  # (R, K) what the head made of `drafts_wanted`, -1 behind them

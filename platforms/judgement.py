@@ -122,6 +122,6 @@ def absent(machine: Machine, thing: str, variables: Sequence[str]) -> list[Lack]
 
 def generic_support(feature: str) -> Support:
     """What a platform with generic kernels, unseen on its hardware, may claim."""
-    if feature in SERVED:
+    if feature in SERVED | {"drafts"}:
         return Support(Status.UNVERIFIED, UNVERIFIED)
     return Support(Status.NO, f"{feature} is not served by this version")

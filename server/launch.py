@@ -127,13 +127,27 @@ def _settings(config: EngineConfig, info: ExecutorInfo) -> list[Decision]:
         value = getattr(config, name)
         because = "default" if value == getattr(defaults, name) else "set by the user"
         result.append(Decision(name.replace("_", " "), str(value), because))
-    if not config.overlap:
+    result.append(_drafts(config))
+    if config.draft is not None:
+        overlap = Decision("overlap", "off", "drafts follow from the result of the step before")
+    elif not config.overlap:
         overlap = Decision("overlap", "off", "set by the user")
     elif info.overlap:
         overlap = Decision("overlap", "on", "the executor takes a step before the last is done")
     else:
         overlap = Decision("overlap", "off", "the executor runs one step at a time")
     return [*result, overlap]
+
+
+def _drafts(config: EngineConfig) -> Decision:
+    if config.draft is None:
+        return Decision("drafts", "off", "default: one token of a row in a step; see --draft")
+    who = {
+        "mtp": "by the model's own head",
+        "ngram": "what followed the last tokens where they stood before",
+    }[config.draft]
+    chosen = f"{config.draft}, up to {config.draft_tokens} of a row in a step"
+    return Decision("drafts", chosen, f"set by the user: {who}; verified, so no answer changes")
 
 
 def _refuse_fallbacks(log: DecisionLog) -> None:

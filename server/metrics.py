@@ -58,6 +58,8 @@ class _EngineCollector(Collector):
         yield _counter("cached_tokens", "Prompt tokens from the prefix cache.", stats.cached_tokens)
         yield _counter("generation_tokens", "Tokens generated.", stats.output_tokens)
         yield _counter("num_preemptions", "Sequences that had to be recomputed.", stats.preemptions)
+        yield _counter("draft_tokens", "Tokens guessed and verified.", stats.drafted_tokens)
+        yield _counter("accepted_draft_tokens", "Guesses that were right.", stats.accepted_drafts)
         yield _counter("engine_steps", "Steps run.", stats.steps)
         yield _counter("engine_step_seconds", "Time spent in steps.", stats.step_seconds)
         yield _counter("engine_device_seconds", "Time the device worked.", stats.device_seconds)

@@ -17,7 +17,8 @@ from .states import States
 
 class KVCache:
     """Pools, tables and tree of all groups. `tables[g]` is (max_rows, P) int32, 0 = no page; of a
-    recurrent group (max_rows, 1), the working slots. All other groups are `paged`."""
+    recurrent group (max_rows, 2), the working slots and those of kept states. All other groups are
+    `paged`."""
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class KVCache:
         self.paged = [g for g in range(len(groups)) if g not in self.recurrent]
         self._width = -(-max_context // self.page_size)
         self.tables: list[I32] = [
-            np.zeros((max_rows, 1 if g in self.recurrent else self._width), np.int32)
+            np.zeros((max_rows, 2 if g in self.recurrent else self._width), np.int32)
             for g in range(len(groups))
         ]
         self.states = States(self.recurrent, self.pools, self.tree, self.tables)

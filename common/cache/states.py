@@ -31,7 +31,8 @@ class Promise:
 
 
 class States:
-    """Working slots are in column 0 of the groups' tables. A model without recurrent groups has no
+    """Working slots are in column 0 of the groups' tables, in column 1 copies of them to go back to
+    (`keep`). A model without recurrent groups has no
     states, and every method then does nothing."""
 
     def __init__(
@@ -59,13 +60,41 @@ class States:
 
     def close(self, handle: int) -> None:
         for g in self._groups:
-            self._tree.release(g, int(self._tables[g][handle, 0]))
-            self._tables[g][handle, 0] = 0
+            for slot in self._tables[g][handle].tolist():
+                if slot:
+                    self._tree.release(g, slot)
+            self._tables[g][handle] = 0
 
     def restore(self, handle: int, node: Node) -> None:
         """Go on from the node's snapshot."""
         for g in self._groups:
             self._move(g, self._tree.touch(g, node), int(self._tables[g][handle, 0]))
+
+    # ---- copies to go back to
+
+    def keep(self, sequence: Sequence, computed: int, spare: int) -> bool:
+        """Keep what the working slots hold now, after `computed` tokens, until the next `keep`.
+        False where that would leave fewer than `spare` slots for others."""
+        tables, handle = self._tables, sequence.handle
+        missing = [g for g in self._groups if not tables[g][handle, 1]]
+        if any(self._pools[g].available <= spare for g in missing):
+            return False
+        for g in missing:
+            tables[g][handle, 1] = self._take(g)
+        if sequence.kept_at != computed:
+            for g in self._groups:
+                self._move(g, int(tables[g][handle, 0]), int(tables[g][handle, 1]))
+            sequence.kept_at = computed
+        return True
+
+    def take_back(self, sequence: Sequence) -> int:
+        """Go on from the kept copy; returns after how many tokens it was made."""
+        if sequence.kept_at < 0:
+            raise CacheCorrupted("A state was taken back that was not kept. This is a bug.")
+        for g in self._groups:
+            working, kept = self._tables[g][sequence.handle].tolist()
+            self._move(g, kept, working)
+        return sequence.kept_at
 
     # ---- snapshots
 

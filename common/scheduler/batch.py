@@ -24,6 +24,12 @@ class Part:
     start: int
     count: int
     samples: bool
+    drafts: tuple[int, ...] = ()  # the last of its tokens where they are guesses
+
+    @property
+    def end(self) -> int:
+        """Where what is known ends, and drafts begin."""
+        return self.start + self.count - len(self.drafts)
 
     @property
     def scores(self) -> bool:
@@ -37,8 +43,11 @@ class BatchBuilder:
         self._sampling = SamplingBuilder()
         self._images = ImageSender()
 
-    def build(self, step: int, parts: list[Part], running: list[Row]) -> StepBatch:
-        """No array is written to again, so the step may be read while the next is built."""
+    def build(
+        self, step: int, parts: list[Part], running: list[Row], wanted: I32 | None = None
+    ) -> StepBatch:
+        """No array is written to again, so the step may be read while the next is built. `wanted`:
+        how many drafts each row is to get of the model's head, where that drafts."""
         rows = [part.row for part in parts]
         sequences = [held(row) for row in rows]
         starts = np.array([part.start for part in parts], np.int32)
@@ -50,6 +59,8 @@ class BatchBuilder:
         cache = self._cache
         names = [group.name for group in cache.groups]
         sent = self._images.send(parts, running)
+        drafts = [part.drafts for part in parts] if any(part.drafts for part in parts) else None
+        ends = np.array([part.end for part in parts], np.int64)
         return StepBatch(
             step=step,
             row_ids=handles,
@@ -58,13 +69,16 @@ class BatchBuilder:
             context_lens=starts,
             page_tables={names[g]: cache.tables[g][handles, :pages] for g in cache.paged},
             want=np.array([_want(part) for part in parts], np.uint8),
-            sampling=self._sampling.build(rows, (starts + counts).astype(np.int64)),
+            sampling=self._sampling.build(rows, ends, drafts),
             state_slots={names[g]: cache.tables[g][handles, 0] for g in cache.recurrent},
             moves=cache.states.take_moves(),
             prompt_targets=_targets(parts, query_start),
             images=sent.images,
             images_done=sent.done,
             rotary=sent.rotary,
+            draft_counts=None if drafts is None else np.array([*map(len, drafts)], np.int32),
+            drafts_wanted=wanted,
+            next_tokens=None if wanted is None else _next_tokens(parts),
         )
 
 
@@ -89,10 +103,16 @@ def _tokens(parts: list[Part], total: int) -> I32:
     pieces = [
         np.array([LAST_TOKEN], np.int32)
         if part.start == part.row.known
-        else part.row.tokens[part.start : part.start + part.count]
+        else np.concatenate((part.row.tokens[part.start : part.end], part.drafts), dtype=np.int32)
+        if part.drafts
+        else part.row.tokens[part.start : part.end]
         for part in parts
     ]
     return np.concatenate(pieces)
+
+
+def _next_tokens(parts: list[Part]) -> I32:
+    return np.array([-1 if p.samples else p.row.tokens[p.end] for p in parts], np.int32)
 
 
 def _targets(parts: list[Part], query_start: I32) -> I32 | None:

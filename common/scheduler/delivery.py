@@ -22,15 +22,27 @@ class StepReader:
                 f"The executor answered step {batch.step} ({batch.rows} rows) with step "
                 f"{result.step} ({len(result.token_ids)} rows)."
             )
-        self._tokens: list[int] = result.token_ids[:, 0].tolist()
+        self._tokens: list[list[int]] = result.token_ids.tolist()
+        self._accepted: list[int] = result.accepted.tolist()
+        self._line_start: list[int] = batch.line_start.tolist()
         self._vocab_size = vocab_size
         self._result = result
 
-    def token(self, index: int) -> int | None:
-        """What the row sampled; None when the executor found no token that it may sample."""
-        token = self._tokens[index]
-        if token == NO_TOKEN:
-            return None
+    def tokens(self, index: int, drafts: tuple[int, ...]) -> list[int | None]:
+        """What the row sampled, as far as its drafts were right; None in a place where the executor
+        found no token that it may sample. At least one entry."""
+        count = self._accepted[index]
+        found = [self._token(token) for token in self._tokens[index][:count]]
+        if found[: len(drafts)] == list(drafts[:count]) and count <= len(drafts):
+            return [*found, None]
+        if len(found) != count or found[:-1] != list(drafts[: count - 1]):
+            raise EngineDied(
+                f"The executor accepted {count} tokens of row {index} in step {self._result.step}; "
+                f"they are {found} and its drafts {list(drafts)}."
+            )
+        return list(found)
+
+    def _token(self, token: int) -> int:
         if not 0 <= token < self._vocab_size:
             raise EngineDied(
                 f"The executor sampled token {token} in step {self._result.step}; ids are in "
@@ -38,16 +50,22 @@ class StepReader:
             )
         return token
 
-    def logprobs(self, index: int, token: int, count: int) -> TokenLogprobs:
-        """Of the sampled token and the `count` best."""
-        result = self._result
+    def logprobs(self, index: int, place: int, token: int, count: int) -> TokenLogprobs:
+        """Of the token that row `index` sampled at `place` of its samples, and the `count` best."""
+        result, line = self._result, self._line_start[index] + place
         if result.logprobs is None:
             raise EngineDied(f"The executor left out the log-probabilities of step {result.step}.")
-        value = float(result.logprobs[index])
+        value = float(result.logprobs[line])
         if not count or result.top_ids is None or result.top_logprobs is None:
             return TokenLogprobs(token, value)
-        ids = result.top_ids[index, :count].tolist()
-        return TokenLogprobs(token, value, ids, result.top_logprobs[index, :count].tolist())
+        ids = result.top_ids[line, :count].tolist()
+        return TokenLogprobs(token, value, ids, result.top_logprobs[line, :count].tolist())
+
+    def proposed(self, index: int) -> tuple[int, ...]:
+        """What the model's head drafts for the row's next step."""
+        if self._result.drafts is None:
+            return ()
+        return tuple(self._token(t) for t in self._result.drafts[index].tolist() if t != NO_TOKEN)
 
 
 def extend_prompt_logprobs(part: Part, scores: PromptLogprobs) -> None:
@@ -91,11 +109,17 @@ def message(
     )
 
 
-def no_token(row: Row) -> Output:
-    """The end of a row for which the executor could sample nothing."""
+def no_token(row: Row, tokens: Sequence[int], logprobs: list[TokenLogprobs] | None) -> Output:
+    """The end of a row for which the executor could sample nothing behind `tokens`."""
     body = ErrorBody(
         "No token could be sampled: every token is banned, or the model's output is not a number. "
         "Check logit_bias and min_tokens; without them, the checkpoint or its dtype.",
         code="no_token",
     )
-    return Output(request_id=row.request_id, finish_reason="error", error=body)
+    return Output(
+        request_id=row.request_id,
+        token_ids=list(tokens),
+        logprobs=logprobs,
+        finish_reason="error",
+        error=body,
+    )

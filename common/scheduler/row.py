@@ -42,6 +42,7 @@ class Row:
         "priority",
         "prompt_length",
         "prompt_logprobs",
+        "proposed",
         "reached",
         "request_id",
         "sequence",
@@ -77,6 +78,7 @@ class Row:
         self.done = False
         self.started = False  # its first message has been delivered
         self.sequence: Sequence | None = None
+        self.proposed: tuple[int, ...] = ()  # what the model's head guesses to come next
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         self.bias = _pairs(params.logit_bias)
@@ -100,10 +102,9 @@ class Row:
         """All tokens it may have are sampled; the last is in flight."""
         return self.known + self.in_flight >= self.limit
 
-    @property
-    def must_go_on(self) -> bool:
-        """The token sampled next must not end the request."""
-        return self.outputs + self.in_flight < self.params.min_tokens
+    def must_go_on(self, drafts: int = 0) -> bool:
+        """The token sampled next, or behind so many drafts, must not end the request."""
+        return self.outputs + self.in_flight + drafts < self.params.min_tokens
 
     @property
     def scores_prompt(self) -> bool:
@@ -124,6 +125,7 @@ class Row:
         self.computed = 0
         self.decoding = False
         self.sequence = None
+        self.proposed = ()
         if not self.started:
             self.prompt_logprobs = [None]
 

@@ -13,6 +13,7 @@ from ...platforms.interface_step import SamplingArrays
 from ..random import uniform
 from .row import Row
 
+Drafts = Sequence[tuple[int, ...]]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
@@ -27,8 +28,13 @@ class SamplingBuilder:
         self._seeds: I64 = np.empty(0, np.int64)
         self._draws = False
 
-    def build(self, rows: list[Row], positions: I64) -> SamplingArrays:
-        """positions (R,): the place in its sequence of the token that each row samples."""
+    def build(
+        self, rows: list[Row], positions: I64, drafts: Drafts | None = None
+    ) -> SamplingArrays:
+        """positions (R,): the place in its sequence of the token that each row samples; where rows
+        have drafts, of the first one. Rows with drafts have as many lines more."""
+        if drafts is not None:
+            return self._lines(rows, positions, drafts)
         if self._arrays is not None and rows == self._rows:
             if not self._draws:
                 return self._arrays
@@ -41,19 +47,39 @@ class SamplingBuilder:
         self._rows, self._arrays = (rows, arrays) if stable else ([], None)
         return arrays
 
+    def _lines(self, rows: list[Row], positions: I64, drafts: Drafts) -> SamplingArrays:
+        self._rows, self._arrays = [], None
+        ahead = [own[:count] for own in drafts for count in range(len(own) + 1)]
+        lines = [row for row, own in zip(rows, drafts, strict=True) for _ in range(len(own) + 1)]
+        first = np.repeat(positions, [len(own) + 1 for own in drafts])
+        seeds = np.array([row.params.seed for row in lines], np.int64)
+        draws = uniform(seeds, first + np.array([len(before) for before in ahead], np.int64))
+        return sampling_arrays(lines, draws, ahead)
+
 
 def _changes(row: Row) -> bool:
-    return row.penalised or row.must_go_on or row.scores_prompt
+    return row.penalised or row.must_go_on() or row.scores_prompt
 
 
-def sampling_arrays(rows: Sequence[Row], draws: F64) -> SamplingArrays:
+def sampling_arrays(
+    rows: Sequence[Row], draws: F64, drafts: Drafts | None = None
+) -> SamplingArrays:
+    """A line each. `drafts`: of each line, the tokens that are before it if they are right; a line
+    counts only where they are, so that they are its history."""
+    ahead = drafts or [()] * len(rows)
     params = [row.params for row in rows]
-    bias = [row.bans if row.must_go_on else row.bias for row in rows]
+    bias = [
+        row.bans if row.must_go_on(len(before)) else row.bias
+        for row, before in zip(rows, ahead, strict=True)
+    ]
     bias_start, bias_ids = _packed([ids for ids, _ in bias])
     values = [v for _, v in bias if len(v)]
     nothing = np.empty(0, np.int32)
     prompts = [r.tokens[: r.prompt_length] if r.penalised else nothing for r in rows]
-    outputs = [r.tokens[r.prompt_length : r.known] if r.penalised else nothing for r in rows]
+    outputs = [
+        _history(row, before) if row.penalised else nothing
+        for row, before in zip(rows, ahead, strict=True)
+    ]
     prompt_start, prompt_ids = _packed(prompts)
     output_start, output_ids = _packed(outputs)
     return SamplingArrays(
@@ -74,6 +100,11 @@ def sampling_arrays(rows: Sequence[Row], draws: F64) -> SamplingArrays:
         output_start=output_start,
         output_ids=output_ids,
     )
+
+
+def _history(row: Row, drafts: tuple[int, ...]) -> I32:
+    made = row.tokens[row.prompt_length : row.known]
+    return np.concatenate((made, np.array(drafts, np.int32))) if drafts else made
 
 
 def _logprobs(row: Row) -> int:

@@ -28,6 +28,7 @@ from .batch import BatchBuilder, Part, held
 from .delivery import StepReader, extend_prompt_logprobs, message, no_token
 from .images import ImageKeys, check_images
 from .row import Row
+from .speculation import Speculation
 from .waiting import WaitingQueue
 
 
@@ -50,6 +51,10 @@ class Scheduler:
             info.groups, self._max_rows, info.max_context, config.prefix_cache, config.eviction
         )
         self._builder = BatchBuilder(self.cache)
+        self.speculation: Speculation | None = None
+        if config.draft is not None:
+            given = config.draft, config, info, self.cache, counters
+            self.speculation = Speculation(*given)
         self._image_keys = ImageKeys()
         self._open: dict[str, Row] = {}
         self._waiting = WaitingQueue()
@@ -114,18 +119,19 @@ class Scheduler:
 
     def _leave(self, row: Row) -> None:
         """Take a row out of the running ones; what it has computed stays in the tree."""
-        self._publish(row)
+        self._publish(row, row.computed)
         self.cache.close(held(row))
         self._running.remove(row)
 
-    def _publish(self, row: Row) -> None:
-        self.cache.publish(held(row), row.keys[: min(row.known, row.computed)], row.priority)
+    def _publish(self, row: Row, end: int) -> None:
+        self.cache.publish(held(row), row.keys[: min(row.known, end)], row.priority)
 
     # ---- choosing a step
 
     def schedule(self) -> StepBatch | None:
         """The next step; None when nothing can run now (with a step in flight: apply it first)."""
-        if self.in_flight > 1:
+        speculation = self.speculation
+        if self.in_flight > (1 if speculation is None else 0):
             return None
         for row in self._running:
             self.cache.slide(held(row), row.computed)
@@ -135,14 +141,20 @@ class Scheduler:
                 return None
             self._preempt(self._running[-1])  # prompts block one another
             parts = self._choose()
-        batch = self._builder.build(self._step, parts, self._running)
+        wanted = None
+        if speculation is not None:
+            parts = speculation.extend(parts, self.running)
+            wanted = speculation.wanted(parts, self.running)
+        batch = self._builder.build(self._step, parts, self._running, wanted)
         self._step += 1
         self._steps.append((batch, parts))
         for part in parts:
             if part.samples:
                 part.row.in_flight += 1
                 part.row.decoding = True
-            self._publish(part.row)
+            # With a state the row may have to go back and write the same places once more.
+            back = bool(part.drafts and self.cache.recurrent)
+            self._publish(part.row, part.start if back else part.row.computed)
         self.cache.states.settle()
         self.cache.check()
         return batch
@@ -152,7 +164,9 @@ class Scheduler:
         Where prompts and decoding may not share a step they take turns."""
         if self._info.mixed_steps:
             parts = self._decode()
-            return None if parts is None else parts + self._prefill(len(parts))
+            if parts is None:
+                return None
+            return parts + self._prefill(sum(part.count for part in parts))
         # A decoding row that was preempted in its turn leaves pages to the prompts.
         turns = [self._decode, self._prefill]
         for turn in turns if self._prefilled else [self._prefill, *turns]:
@@ -163,8 +177,9 @@ class Scheduler:
         return []
 
     def _decode(self) -> list[Part] | None:
-        """One token for every decoding row; None when a row needs a page and must wait for steps in
-        flight, since only a row without one can be preempted."""
+        """One token for every decoding row, and those that it must compute again; None when a row
+        needs a page and must wait for steps in flight, since only a row without one can be
+        preempted."""
         rows = [row for row in self._running if row.decoding and not row.exhausted]
         size = self.cache.page_size
         for row in rows:
@@ -174,7 +189,13 @@ class Scheduler:
                 if self.in_flight:
                     return None
                 self._preempt(self._running[-1])
-        return [self._take(row, 1) for row in rows if row.sequence is not None]
+        rows = [row for row in rows if row.sequence is not None]
+        spare = self._info.max_step_tokens - len(rows)
+        parts = []
+        for row in rows:
+            parts.append(self._take(row, min(row.known + row.in_flight - row.computed, 1 + spare)))
+            spare -= parts[-1].count - 1
+        return parts
 
     def _prefill(self, planned: int = 0) -> list[Part]:
         """Chunks of prompts, those under way first; `planned` tokens of the budget are spent."""
@@ -311,24 +332,32 @@ class Scheduler:
             if part.samples:
                 part.row.in_flight -= 1
                 if not part.row.done:
-                    yield self._advance(part.row, index, reader)
+                    yield self._advance(part, index, reader)
 
-    def _advance(self, row: Row, index: int, reader: StepReader) -> Output:
-        token = reader.token(index)
+    def _advance(self, part: Part, index: int, reader: StepReader) -> Output:
+        row, sampled = part.row, reader.tokens(index, part.drafts)
+        if self.speculation is not None:
+            self.speculation.settle(part, len(sampled))
+            row.proposed = reader.proposed(index)
+        taken: list[int] = []
         logprobs: list[TokenLogprobs] | None = None if row.params.logprobs is None else []
-        if token is None:
-            self._end(row, "error")
-            return no_token(row)
-        if token in row.stops:
-            output = message(row, [], logprobs, "stop", token)
-            self._end(row, "stop")
-            return output
-        if logprobs is not None:
-            logprobs.append(reader.logprobs(index, token, row.params.logprobs or 0))
-        reason = "length" if row.known + 1 >= row.limit else None
-        output = message(row, [token], logprobs, reason, None)
-        row.append(token)
-        self._counters.output_tokens += 1
+        for place, token in enumerate(sampled):
+            if token is None:
+                self._end(row, "error")
+                return no_token(row, taken, logprobs)
+            if token in row.stops:
+                output = message(row, taken, logprobs, "stop", token)
+                self._end(row, "stop")
+                return output
+            if logprobs is not None:
+                logprobs.append(reader.logprobs(index, place, token, row.params.logprobs or 0))
+            taken.append(token)
+            row.append(token)
+            self._counters.output_tokens += 1
+        reason = "length" if row.known >= row.limit else None
+        output = message(row, taken, logprobs, reason, None)
         if reason is not None:
             self._end(row, reason)
+        elif self.speculation is not None:
+            self.speculation.restore(part, len(sampled))
         return output

@@ -16,6 +16,8 @@ class LoadCounters:
     cached_tokens: int = 0  # prompt positions taken from the prefix tree instead
     output_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_drafts: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     step_seconds: float = 0.0  # host time inside Engine.step
     device_seconds: float = 0.0
@@ -34,6 +36,8 @@ class LoadCounters:
             cached_tokens=self.cached_tokens,
             output_tokens=self.output_tokens,
             preemptions=self.preemptions,
+            drafted_tokens=self.drafted_tokens,
+            accepted_drafts=self.accepted_drafts,
             finished=dict(self.finished),
             step_seconds=self.step_seconds,
             device_seconds=self.device_seconds,

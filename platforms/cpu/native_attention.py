@@ -9,6 +9,7 @@ plan lies at a fixed address, so that recorded instructions find each new step t
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -176,6 +177,16 @@ class NativeAttention:
         return ctypes.addressof(self._specs[spec])
 
 
+def _blocks(batch: StepBatch, new: NDArray[np.integer]) -> Iterator[tuple[int, int, int]]:
+    """(row, first query, last query) of each piece before its keys are cut. A row with drafts goes
+    query by query, as it would without them: the results are then the same to the bit."""
+    drafts = 0 * new if batch.draft_counts is None else batch.draft_counts
+    for row, (count, guesses) in enumerate(zip(new.tolist(), drafts.tolist(), strict=True)):
+        size = 1 if guesses else QUERY_BLOCK
+        for query in range(0, count, size):
+            yield row, query, min(query + size, count)
+
+
 def plan_step(batch: StepBatch, group: KVGroup) -> NativePlan:
     table = batch.page_tables[group.name]
     slots = flat_slots(table, batch.query_start, batch.context_lens, group.page_size)
@@ -183,20 +194,20 @@ def plan_step(batch: StepBatch, group: KVGroup) -> NativePlan:
     parts: list[tuple[int, ...]] = []
     whole: list[tuple[int, ...]] = []
     merges = []
-    for row, (count, context) in enumerate(
-        zip(new.tolist(), batch.context_lens.tolist(), strict=True)
-    ):
-        end = context + count
-        begin = max(0, context - group.window + 1) if group.window else 0
+    for row, query, last in _blocks(batch, new):
+        context = int(batch.context_lens[row])
+        end = context + last
+        # Keys that the row's first query sees; those of a query alone where it is one.
+        first = context + query if last - query == 1 else context
+        begin = max(0, first - group.window + 1) if group.window else 0
         edges = [*range(begin, end - PART_KEYS // 2, PART_KEYS), end]
-        if count == 1 and len(edges) > 2:
+        if last - query == 1 and len(edges) > 2:
             pieces = len(edges) - 1
-            merges.append((int(batch.query_start[row]), len(parts), len(parts) + pieces))
-            parts += [(row, 0, 1, *span) for span in pairwise(edges)]
-            continue
-        for query in range(0, count, QUERY_BLOCK):
-            last = min(query + QUERY_BLOCK, count)
-            whole.append((row, query, last, begin, context + last))
+            token = int(batch.query_start[row]) + query
+            merges.append((token, len(parts), len(parts) + pieces))
+            parts += [(row, query, last, *span) for span in pairwise(edges)]
+        else:
+            whole.append((row, query, last, begin, end))
     # Long pieces first: the last task to start should be a short one.
     whole.sort(key=lambda piece: piece[3] - piece[4])
     work = np.array(parts + whole, np.int32).reshape(-1, 5)

@@ -40,6 +40,9 @@ from .runner import MLXRunner, Started
 
 OPS = ("sample", "logprobs")
 TEXT_ONLY = Support(Status.NO, "It runs mlx-lm's models, which read text only.")
+NO_DRAFTS = Support(
+    Status.NO, "The MLX executor samples one token of a row in a step, and verifies no drafts."
+)
 KINDS = frozenset({KVKind.FULL, KVKind.WINDOW, KVKind.RECURRENT})
 CACHE_SHARE = 4
 NOT_COMPILED = (
@@ -96,6 +99,10 @@ class MLXExecutor:
         spec = self._spec
         log = DecisionLog()
         self._device(log)
+        if spec.draft is not None:
+            raise ConfigError(
+                f"--draft {spec.draft} cannot be had: {NO_DRAFTS.reason} Leave it out."
+            )
         checkpoint = open_checkpoint(spec.model_path)
         model, _ = load_model(checkpoint, spec, log)
         weights = weight_bytes(model)
@@ -251,6 +258,6 @@ class MLXExecutor:
             weight_bytes=weights,
             cache_bytes=plan.bytes,
             device=self._facts,
-            features={**features, "images": TEXT_ONLY},
+            features={**features, "images": TEXT_ONLY, "drafts": NO_DRAFTS},
             decisions=tuple(log),
         )

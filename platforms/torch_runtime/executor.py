@@ -48,6 +48,7 @@ FEATURES = (
     "min_p",
     "seed",
     "grammar",
+    "drafts",
 )
 
 
@@ -121,6 +122,8 @@ class TorchExecutor:
         size = getattr(attention, "page_size", DEFAULT_PAGE_SIZE)
         planner = CachePlanner(spec, needs, kv_dtype, source.context_length, budget, log, size)
         plan = planner.plan()
+        if spec.draft == "mtp":
+            log.extend([_head_decision(model, needs)])
         packed = source.load(model, device.to_device, progress)
         if packed is not None:
             log.extend([packed])
@@ -275,6 +278,16 @@ class TorchExecutor:
             decisions=tuple(log),
             images=images,
         )
+
+
+def _head_decision(model: Model, needs: Sequence[GroupNeed]) -> Decision:
+    size = sum(p.nbytes for name, p in model.named_parameters() if name.startswith("mtp."))
+    last = len(model.cache_needs()) - 1
+    (group,) = (need.name for need in needs if last in need.sites)
+    because = (
+        f"the checkpoint's own: {gib(size)} of weights, and a place in the cache group {group!r}"
+    )
+    return Decision("draft head", "loaded", because)
 
 
 def _with_kv_dtype(specs: Sequence[AttentionSpec | None], dtype: str) -> list[AttentionSpec | None]:

@@ -18,7 +18,9 @@ from ..interface_kernels import KernelTable
 from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, Want
 from ..sampling_rows import select_rows
 from .device import TorchDevice
+from .draft_head import DraftHead
 from .image_rows import ImageEncoder
+from .sample_lines import SampleLines
 from .step_caches import Pool
 from .step_program import NotCaptured, StepProgram, StepRunner
 
@@ -51,6 +53,7 @@ class ModelRunner:
         self._last = torch.zeros(max_rows, dtype=torch.int64, device=device.torch_device)
         self._step: StepRunner = program.run
         self._images = ImageEncoder(model, device)
+        self._head = DraftHead(model, program, device)
 
     @torch.inference_mode()
     def capture(
@@ -86,11 +89,14 @@ class ModelRunner:
             # Captured steps read embeddings of tokens alone.
             hidden = self._program.run(batch, token_ids, positions, images)
         result = self._sample(batch, hidden)
+        answers = result["token_ids"], result["accepted"]
+        drafts = self._head.run(batch, hidden, positions, *answers)
         prompts = self._prompt_logprobs(batch, hidden)
         return StepResult(
             step=batch.step,
             prompt_logprobs=prompts,
             device_seconds=time.perf_counter() - began,
+            drafts=drafts,
             **result,
         )
 
@@ -110,35 +116,37 @@ class ModelRunner:
         return tokens
 
     def _sample(self, batch: StepBatch, hidden: Tensor) -> dict[str, Any]:
-        rows = np.flatnonzero(batch.want & Want.SAMPLE)
-        tokens = np.full((batch.rows, 1), -1, np.int32)
-        result: dict[str, Any] = {"token_ids": tokens, "accepted": np.zeros(batch.rows, np.int32)}
-        if not len(rows):
-            return result
-        ends = batch.query_start[rows + 1].astype(np.int64) - 1
-        logits = self._model.logits(self._rows_of(hidden, ends))
-        sampling = select_rows(batch.sampling, rows)
-        handles = self._device.to_device(batch.row_ids[rows].astype(np.int64))
+        made = SampleLines.of(batch)
+        if not len(made.rows):
+            tokens, accepted, _ = made.results(batch, np.empty(0, np.int32))
+            return {"token_ids": tokens, "accepted": accepted}
+        logits = self._model.logits(self._rows_of(hidden, made.places))
+        sampling = select_rows(batch.sampling, made.lines)
+        handles = self._device.to_device(batch.row_ids[made.owners].astype(np.int64))
         mask = batch.grammar_mask
-        words = None if mask is None else self._device.to_device(mask[rows].view(np.int32))
+        words = None if mask is None else self._device.to_device(mask[made.lines].view(np.int32))
         pending = None
-        if (batch.token_ids[ends] == LAST_TOKEN).any():
-            waits = self._device.to_device(batch.token_ids[ends] == LAST_TOKEN)
+        if (batch.token_ids[made.places] == LAST_TOKEN).any():
+            waits = self._device.to_device(batch.token_ids[made.places] == LAST_TOKEN)
             pending = torch.where(waits, self._last[handles], -1)
         chosen = self._ops.sample(logits, sampling, words, pending)
         # A row without an answer (-1) is failed by the engine; a step already submitted for it
         # still needs a token that exists.
         sampled = chosen.clamp(min=0)
-        self._last.index_copy_(0, handles, sampled)
+        if batch.draft_counts is None:
+            self._last.index_copy_(0, handles, sampled)
         asking = np.flatnonzero(sampling.logprobs >= 0)
         logprobs = {}
         if len(asking):
+            total = int(batch.line_start[-1])
             logprobs = self._row_logprobs(
-                logits, sampled, rows, asking, sampling.logprobs, batch.rows
+                logits, sampled, made.lines, asking, sampling.logprobs, total
             )
-        tokens[rows, 0] = self._device.to_host(chosen)
-        result["accepted"][rows] = tokens[rows, 0] >= 0
-        return {**result, **logprobs}
+        tokens, accepted, last = made.results(batch, self._device.to_host(chosen))
+        if batch.draft_counts is not None:
+            where = self._device.to_device(last)
+            self._last.index_copy_(0, handles[where], sampled[where])
+        return {"token_ids": tokens, "accepted": accepted, **logprobs}
 
     def _rows_of(self, hidden: Tensor, rows: I64) -> Tensor:
         if len(rows) == len(hidden):
@@ -149,15 +157,15 @@ class ModelRunner:
         self,
         logits: Tensor,
         tokens: Tensor,
-        rows: I64,
+        lines: I64,
         asking: I64,
         counts: NDArray[np.int32],
         total: int,
     ) -> dict[str, Any]:
-        """Arrays of StepResult for its `total` rows. `rows` sampled, of these `asking` want
-        log-probabilities; rows of the step that do not hold NaN and -1."""
+        """Arrays of StepResult for its `total` lines. `lines` sampled, of these `asking` want
+        log-probabilities; lines of the step that do not hold NaN and -1."""
         top = min(int(counts.max()), logits.shape[1])
-        if len(asking) < len(rows):
+        if len(asking) < len(lines):
             where = self._device.to_device(asking.astype(np.int64))
             logits, tokens = logits.index_select(0, where), tokens.index_select(0, where)
         found = self._ops.logprobs(logits, tokens, top)
@@ -168,7 +176,7 @@ class ModelRunner:
             "top_logprobs": np.full((total, top), np.nan, np.float32),
         }
         for array, values in zip(result.values(), (chosen, ids, best), strict=True):
-            array[rows[asking]] = values
+            array[lines[asking]] = values
         return result
 
     def _prompt_logprobs(self, batch: StepBatch, hidden: Tensor) -> tuple[PromptLogprobs, ...]:
@@ -178,7 +186,8 @@ class ModelRunner:
         targets = batch.prompt_targets
         spans = [np.arange(batch.query_start[r], batch.query_start[r + 1]) for r in rows]
         wanted = [span[targets[span] >= 0] for span in spans]
-        counts = [max(0, int(batch.sampling.logprobs[r])) for r in rows]
+        lines = batch.line_start[rows]
+        counts = [max(0, int(batch.sampling.logprobs[line])) for line in lines]
         places = np.concatenate(wanted).astype(np.int64)
         top = min(max(counts), self._vocab_size)
         size = max(1, LOGITS_AT_ONCE // self._vocab_size)

@@ -47,9 +47,10 @@ class ModelSource(Protocol):
 class CheckpointSource:
     """A Hugging Face directory or a GGUF file."""
 
-    def __init__(self, path: str, keep: bool = False) -> None:
-        """`keep`: packed matrices on disk, for the next start."""
+    def __init__(self, path: str, keep: bool = False, drafts: bool = False) -> None:
+        """`keep`: packed matrices on disk, for the next start; `drafts`: with the draft head."""
         self._keep = keep
+        self._drafts = drafts
         from ...common.checkpoint.checkpoint import open_checkpoint
 
         self._checkpoint = open_checkpoint(path)
@@ -74,12 +75,12 @@ class CheckpointSource:
     def kernel_problems(self, dtype: str, quantize: str) -> Sequence[Problem]:
         from ...models.loading import kernel_problems
 
-        return kernel_problems(self._checkpoint, dtype, quantize)
+        return kernel_problems(self._checkpoint, dtype, quantize, self._drafts)
 
     def build(self, ops: KernelTable, dtype: torch.dtype, quantize: str) -> Model:
         from ...models.loading import build_model
 
-        return build_model(self._checkpoint, ops, dtype, quantize)
+        return build_model(self._checkpoint, ops, dtype, quantize, self._drafts)
 
     def load(
         self,
@@ -101,4 +102,4 @@ class CheckpointSource:
 
 
 def open_source(spec: EngineSpec) -> ModelSource:
-    return CheckpointSource(spec.model_path, spec.weight_cache)
+    return CheckpointSource(spec.model_path, spec.weight_cache, spec.draft == "mtp")

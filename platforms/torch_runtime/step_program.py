@@ -98,16 +98,24 @@ class StepProgram:
         images: ImageRows | None = None,
     ) -> Tensor:
         """(T,), (T,) int64 -> hidden states (T, width); with images also positions (3, T)."""
+        given = {} if images is None else {"images": images}
+        hidden: Tensor = self._model(token_ids, positions, self._step(bound), **given)
+        return hidden
+
+    def draft(
+        self, hidden: Tensor, token_ids: Tensor, positions: Tensor, bound: Sequence[Any]
+    ) -> Tensor:
+        """The model's draft head, as `Model.draft`, over its own caches."""
+        return self._model.draft(hidden, token_ids, positions, self._step(bound))
+
+    def _step(self, bound: Sequence[Any]) -> BoundStep:
         *caches, rows = bound
         place = {
             site: (group, cache, index)
             for group, cache in zip(self._groups, caches, strict=True)
             for index, site in enumerate(group.sites)
         }
-        step = BoundStep(self._attend, place, rows)
-        given = {} if images is None else {"images": images}
-        hidden: Tensor = self._model(token_ids, positions, step, **given)
-        return hidden
+        return BoundStep(self._attend, place, rows)
 
     def _attend(
         self,

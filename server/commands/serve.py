@@ -62,6 +62,8 @@ def _engine_options(command: Any) -> Any:
             callback=_bits,
             help="Matrices as int8 (8bit), int4 (4bit), fp8, or none; else as stored.",
         ),
+        click.option("--draft", help="Guess tokens and verify them: mtp (model's head) or ngram."),
+        click.option("--draft-tokens", type=int, default=3, help="Most guesses of a row a step."),
         click.option("--graphs", help="Capture steps and replay them: on or off."),
         click.option("--kv-dtype", help="Keys and values: float32, bfloat16, float16 or int8."),
         click.option(
@@ -116,7 +118,7 @@ def serve(model: str, **flags: Any) -> None:
             for name in (
                 "platform dtype device_index max_context page_size cache_tokens memory_fraction "
                 "max_rows max_step_tokens max_queue eviction threads quantize kv_dtype graphs "
-                "strict"
+                "draft draft_tokens strict"
             ).split()
         },
     )

@@ -4,7 +4,7 @@ step, and the comparison of every output with what the request gives alone."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -136,10 +136,12 @@ def serve(
     lazy: bool = True,
     audit: bool = True,
     make: type[MockExecutor] = MockExecutor,
+    prepare: Callable[[Engine], object] = lambda engine: None,
 ) -> tuple[Engine, Any, list[Heard]]:
     """Run, compare with the oracle, and check that nothing is left in the cache."""
     executor = make(info, lazy)
     engine = Engine(executor, info, config, EOS)
+    prepare(engine)
     heard = run(engine, arrivals, audit)
     compare(arrivals, heard, info)
     audit_empty(engine)

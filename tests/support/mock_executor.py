@@ -60,7 +60,7 @@ def mock_info(groups: Sequence[KVGroup], **changes: Any) -> ExecutorInfo:
         "weight_bytes": 0,
         "cache_bytes": 0,
         "device": facts,
-        "features": MappingProxyType({}),
+        "features": MappingProxyType({"drafts": Support(Status.YES)}),
         "decisions": (),
     }
     return ExecutorInfo(**{**values, **changes})
@@ -79,6 +79,7 @@ class MockExecutor:
         self.closed = False
         self._pending: deque[tuple[StepBatch, bytes, StepResult | None]] = deque()
         self._last: dict[int, tuple[int, int]] = {}  # handle -> last sampled token, its position
+        self._promised: dict[int, tuple[int, int]] = {}  # handle -> next token, as told; its place
         self._poison = np.random.default_rng(0)
         per_page = [1 if g.kind is RECURRENT else g.page_size for g in info.groups]
         shapes = [(2, g.pages * n) for g, n in zip(info.groups, per_page, strict=True)]
@@ -130,6 +131,8 @@ class MockExecutor:
             and all(len(t) == b.rows for t in b.page_tables.values())
             and all(len(set(s.tolist()) - {0}) == b.rows for s in b.state_slots.values())
             and (b.context_lens + counts <= self.info.max_context).all()
+            and len(b.sampling.temperature) == b.line_start[-1]
+            and (b.draft_counts is None or (b.draft_counts < counts).all())
         )
         if not ok:
             raise MockFault(f"step {b.step} is malformed")
@@ -161,6 +164,7 @@ class MockExecutor:
         ]
         self.computed += sum(map(len, news))
         tokens, pending = self._resolve(b, news)
+        self._check_promises(b, tokens)
         first = self._embed(b, tokens, news)
         states = self._write(0, first, slots, news)
         hidden = [self._read(0, slots[r], news[r], states[r]) for r in range(b.rows)]
@@ -186,6 +190,18 @@ class MockExecutor:
             tokens.append(ids)
             pending.append(last)
         return tokens, pending
+
+    def _check_promises(self, b: StepBatch, tokens: list[Any]) -> None:
+        """What was told of the next token must come true, where the row goes on from there. For
+        rows that keep their handles: none is given up or preempted."""
+        pairs = zip(b.row_ids.tolist(), b.context_lens.tolist(), strict=True)
+        for r, (handle, context) in enumerate(pairs):
+            token, place = self._promised.pop(handle, (-1, -1))
+            if place == context and context and token != tokens[r][0]:
+                raise MockFault(f"row {r} goes on with {tokens[r][0]}, not with {token} as told")
+            told = -1 if b.next_tokens is None else int(b.next_tokens[r])
+            if told >= 0:
+                self._promised[handle] = told, context + len(tokens[r])
 
     def _write(self, layer: int, values: Any, slots: Any, news: Any) -> list[dict[int, Any]]:
         """Returns per row, for each recurrent group, the states at the new positions."""
@@ -221,35 +237,60 @@ class MockExecutor:
     ) -> StepResult:
         vocab, s = self.info.vocab_size, b.sampling
         width = max(0, int(s.logprobs.max()))
-        ids = np.full((b.rows, 1), -1, np.int32)
-        logprobs = np.zeros(b.rows, np.float32)
-        top_ids = np.zeros((b.rows, width), np.int32)
-        top_logprobs = np.zeros((b.rows, width), np.float32)
+        starts = b.line_start
+        ids = np.full((b.rows, int(np.diff(starts).max())), -1, np.int32)
+        accepted = np.zeros(b.rows, np.int32)
+        logprobs = np.zeros(starts[-1], np.float32)
+        top_ids = np.zeros((starts[-1], width), np.int32)
+        top_logprobs = np.zeros((starts[-1], width), np.float32)
         prompts = []
         for r in range(b.rows):
             if b.want[r] & Want.PROMPT_LOGPROBS:
                 logits = logits_of(self._read(1, slots[r], news[r], states[r]), vocab)
                 prompts.append(self._prompt_logprobs(b, r, logits))
             if b.want[r] & Want.SAMPLE:
-                last = self._read(1, slots[r], news[r][-1:], states[r])
-                logits = logits_of(last, vocab)[0]
-                token = row_sampling(s, r, pending[r]).choose(logits)
-                raw = log_softmax(logits[None])[0]
-                best = np.argsort(-raw, kind="stable")[:width]
-                ids[r, 0], logprobs[r] = token, raw[token]
-                top_ids[r], top_logprobs[r] = best, raw[best]
-                self._last[int(b.row_ids[r])] = (token, int(news[r][-1]) + 1)
+                count = int(starts[r + 1] - starts[r])
+                drafts = b.token_ids[b.query_start[r + 1] - count + 1 : b.query_start[r + 1]]
+                last = self._read(1, slots[r], news[r][-count:], states[r])
+                for place, logits in enumerate(logits_of(last, vocab)):
+                    line = starts[r] + place
+                    token = row_sampling(s, line, pending[r]).choose(logits)
+                    raw = log_softmax(logits[None])[0]
+                    best = np.argsort(-raw, kind="stable")[:width]
+                    ids[r, place], logprobs[line] = token, raw[token]
+                    top_ids[line], top_logprobs[line] = best, raw[best]
+                    accepted[r] = place + 1
+                    if place < len(drafts) and token != drafts[place]:
+                        break
+                where = int(news[r][-1]) + 2 - count + place
+                self._last[int(b.row_ids[r])] = (int(ids[r, place]), where)
         asked = bool((s.logprobs >= 0).any())
         return StepResult(
             step=b.step,
             token_ids=ids,
-            accepted=(ids[:, 0] >= 0).astype(np.int32),
+            accepted=accepted,
             logprobs=logprobs if asked else None,
             top_ids=top_ids if asked else None,
             top_logprobs=top_logprobs if asked else None,
             prompt_logprobs=tuple(prompts),
             device_seconds=0.001,
+            drafts=self._drafts(b, slots),
         )
+
+    def _drafts(self, b: StepBatch, slots: Any) -> Any:
+        """A head whose guesses are seldom right; they need places, as its keys would."""
+        if b.drafts_wanted is None:
+            return None
+        made = self._poison.integers(0, 3, (b.rows, int(b.drafts_wanted.max()))).astype(np.int32)
+        for r, wanted in enumerate(b.drafts_wanted.tolist()):
+            end = int(b.context_lens[r] + b.query_start[r + 1] - b.query_start[r]) + wanted - 1
+            for spec in self.info.groups:
+                if wanted and spec.kind is not RECURRENT:
+                    last = b.page_tables[spec.name][r][(end - 1) // spec.page_size]
+                    if not last:
+                        raise MockFault("drafts are wanted that have no place in the cache")
+            made[r, wanted:] = -1
+        return made
 
     def _prompt_logprobs(self, b: StepBatch, r: int, logits: Any) -> PromptLogprobs:
         if b.prompt_targets is None:

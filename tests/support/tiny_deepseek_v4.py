@@ -108,7 +108,13 @@ def tensors(config: Mapping[str, Any] = CONFIG, seed: int = 0) -> dict[str, Tens
     for layer in range(c["num_hidden_layers"]):
         found |= _block(c, r, f"layers.{layer}", c["compress_ratios"][layer], layer)
     found |= _block(c, r, "mtp.0", 0, c["num_hash_layers"])
-    return found | {f"mtp.0.{name}.weight": r.matrix(width, width) for name in ("e_proj", "h_proj")}
+    found |= {f"mtp.0.{name}.weight": r.matrix(width, width) for name in ("e_proj", "h_proj")}
+    found |= {f"mtp.0.{name}.weight": r.norm(width) for name in ("enorm", "hnorm", "norm")}
+    return found | {
+        "mtp.0.hc_head_fn": r.matrix(streams, streams * width),
+        "mtp.0.hc_head_base": r.normal(streams, scale=0.5),
+        "mtp.0.hc_head_scale": r.uniform(1),
+    }
 
 
 def _block(

@@ -1,0 +1,1 @@
+"""Guessing tokens that a step then verifies."""
