@@ -187,11 +187,14 @@ class FakeExecutor:
 
     def record(self) -> int:
         """The decode steps of all buckets, by the rules of a device graph. How many there are."""
-        buckets = self._graphs.runner.buckets
-        for bucket in buckets:
+        for bucket in self.buckets:
             with self._fake():
                 Recording(bucket.work)
-        return len(buckets)
+        return len(self.buckets)
+
+    @property
+    def buckets(self) -> list[Any]:
+        return self._graphs.runner.buckets if self._graphs.runner else []
 
     @property
     def model(self) -> Any:

@@ -79,12 +79,15 @@ class Target:
     def __str__(self) -> str:
         return "-".join([self.machine, *self.libraries])
 
-    def executor(self, config: dict[str, Any], graphs: bool = False, **fields: Any) -> FakeExecutor:
+    def executor(
+        self, config: dict[str, Any], records: bool = False, **fields: Any
+    ) -> FakeExecutor:
+        """`records`: the device has graphs, whose buckets run uncaptured."""
         facts = select.probe_all(load(self.machine)[0])[self.platform].devices[0]
         facts = replace(facts, libraries={**facts.libraries, **self.libraries})
         device, register = self._parts(facts)
         spec = EngineSpec("", max_rows=8, page_size=16, cache_tokens=512, max_context=64, **fields)
-        stand_in = StandInGraphs(captures=False, device=self.device) if graphs else None
+        stand_in = StandInGraphs(captures=False, device=self.device) if records else None
         return FakeExecutor(device, register, RandomSource(config), spec, stand_in)
 
     def _parts(self, facts: Any) -> tuple[Any, Callable[[Any], None]]:
@@ -156,7 +159,7 @@ def steps(made: FakeExecutor) -> int:
 def test_every_model_stays_on_the_device_and_its_decode_steps_can_be_recorded(
     target: Target, family: str, launches: list[Launch]
 ) -> None:
-    made = target.executor(config(family), graphs=True)
+    made = target.executor(config(family), records=True)
     assert steps(made) == 4
     devices = {p.device for p in [*made.model.parameters(), *made.model.buffers()]}
     assert devices == {torch.device(target.device)}
@@ -166,6 +169,15 @@ def test_every_model_stays_on_the_device_and_its_decode_steps_can_be_recorded(
     assert made.record() == 4  # buckets of 1, 2, 4 and 8 rows
     assert launches
     assert ("expert_kernel" in {name for name, *_ in launches}) is (family in MIXTURES)
+
+
+@pytest.mark.parametrize("target", [TARGETS[0], TARGETS[2]], ids=str)
+def test_graphs_off_runs_every_step_op_by_op(target: Target) -> None:
+    made = target.executor(config("llama"), records=True, graphs="off")
+    decision = {d.what: d for d in made.info.decisions}["step"]
+    assert (decision.chosen, decision.because) == ("op by op", "set by the user")
+    assert steps(made) == 4
+    assert made.buckets == []
 
 
 @pytest.mark.parametrize("target", [TARGETS[0], TARGETS[2]], ids=str)
@@ -252,7 +264,7 @@ def test_experts_that_count_on_the_host_are_caught(monkeypatch: pytest.MonkeyPat
     from sixfold.platforms.triton_kernels import experts
 
     sort = experts._by_expert
-    made = TARGETS[0].executor(config("deepseek_v3"), graphs=True)
+    made = TARGETS[0].executor(config("deepseek_v3"), records=True)
     monkeypatch.setattr(experts, "_by_expert", lambda ids, n: sort(ids, min(n, int(ids.max()))))
     with pytest.raises(HostRead, match=r"Tensor\.(__int__|item)"):
         steps(made)
