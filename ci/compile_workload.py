@@ -21,6 +21,7 @@ from sixfold.platforms.torch_runtime.device import TorchDevice
 from sixfold.platforms.torch_runtime.kernels import register_generic
 from sixfold.platforms.torch_runtime.pools import TorchKVPool
 from sixfold.platforms.triton_kernels import packed_matrix as packed
+from sixfold.platforms.triton_kernels.packed_experts import PackedExperts
 from sixfold.platforms.triton_kernels.packed_matrix import PackedMatrix
 from sixfold.platforms.triton_kernels.register import register_triton
 
@@ -43,6 +44,7 @@ def work(target: Target) -> dict[str, Callable[[], object]]:
         **_attention(backend, device),
         **_others(ops),
         **_quantised(ops),
+        **_experts(ops),
         **recurrent(ops),
         **vectors(ops, target.facts),
         **streams(ops),
@@ -129,6 +131,8 @@ def _quantised(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
         "int4, 128": _matrix(packed.INT4, 128, half),
         "int4, 128, zeros": _matrix(packed.INT4, 128, half, shift=packed.ZEROS),
         "int4, 32, minimums": _matrix(packed.INT4, 32, half, shift=packed.MINIMUMS),
+        "int8, 32, minimums": _matrix(packed.INT8, 32, half, shift=packed.MINIMUMS),
+        "int8, 16": _matrix(packed.INT8, 16, half),
         "fp8, 128 by 128": _matrix(packed.FP8, 128, torch.float32, 128),
         "mxfp4": _matrix(packed.MXFP4, 32, torch.uint8),
     }
@@ -142,27 +146,65 @@ def _quantised(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
         x = tensor(4, WIDTH, dtype=torch.float32)
         work[f"linear {name}, float32, bias"] = partial(biased, x, shapes[name])
     ids = torch.empty(TOKENS, dtype=torch.int64)
-    work["embedding int8, 32"] = partial(ops["embedding"], ids, shapes["int8, 32"])
+    for name in ("int8, 32", "int8, 16"):
+        work[f"embedding {name}"] = partial(ops["embedding"], ids, shapes[name])
     return work
 
 
+def _experts(ops: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    """Eight of 256 experts (DeepSeek-V3, in half of its width), of a decode step and of a prompt;
+    and with the biases and the activation of GPT-OSS."""
+    count, inner, width, half = 256, 256, 3584, torch.float16
+    plain = tensor(count, 2 * inner, width), tensor(count, width, inner)
+    forms: dict[str, tuple[Any, Any]] = {"plain": plain}
+    for name, given in {
+        "fp8, 128 by 128": (packed.FP8, 128, torch.float32, 128),
+        "int8, by output": (packed.INT8, 0, half),
+        "int4, 128, zeros": (packed.INT4, 128, half, 1, packed.ZEROS),
+        "mxfp4": (packed.MXFP4, 32, torch.uint8),
+    }.items():
+        both = _matrix(*given, shape=(2 * count * inner, width))
+        down = _matrix(*given, shape=(count * width, inner))
+        forms[name] = PackedExperts(2 * count, both), PackedExperts(count, down)
+    biases = tensor(count, 2 * inner), tensor(count, width)
+    gpt_oss = {"limit": 7.0, "slope": 1.702, "offset": 1.0}
+    work: dict[str, Callable[[], object]] = {}
+    for rows in (4, 4096):
+        routes = torch.zeros(rows, 8, dtype=torch.int64), tensor(rows, 8, dtype=torch.float32)
+        for name, stacks in forms.items():
+            run = partial(ops["moe_experts"], tensor(rows, width), *routes, *stacks)
+            if name == "mxfp4":
+                run = partial(run, *biases, **gpt_oss)
+            work[f"moe_experts {name}, {rows} rows"] = run
+    wide = [tensor(8, 2 * n, k, dtype=torch.float32) for n, k in ((64, 512), (256, 64))]
+    x, ids = tensor(4, 512, dtype=torch.float32), torch.zeros(4, 8, dtype=torch.int64)
+    experts = partial(ops["moe_experts"], x, ids, tensor(4, 8, dtype=torch.float32), *wide)
+    return {**work, "moe_experts plain, float32": experts}
+
+
 def _matrix(
-    form: int, group: int, scales: torch.dtype, squares: int = 1, shift: int = packed.PLAIN
+    form: int,
+    group: int,
+    scales: torch.dtype,
+    squares: int = 1,
+    shift: int = packed.PLAIN,
+    shape: tuple[int, int] = (INNER, WIDTH),
 ) -> PackedMatrix:
+    n, k = shape
     paired = form in (packed.INT4, packed.MXFP4)
-    data = tensor(INNER, WIDTH // 2 if paired else WIDTH, dtype=torch.uint8)
+    data = tensor(n, k // 2 if paired else k, dtype=torch.uint8)
     if form == packed.INT8:
         data = data.view(torch.int8)
-    groups = WIDTH // group if group else 1
+    groups = k // group if group else 1
     kind = torch.int8 if shift == packed.ZEROS else torch.float16
     return PackedMatrix(
         form,
-        (INNER, WIDTH),
+        shape,
         torch.bfloat16,
         data,
-        tensor(groups, -(-INNER // squares), dtype=scales),
+        tensor(groups, -(-n // squares), dtype=scales),
         group,
         squares,
         shift,
-        tensor(groups, INNER, dtype=kind) if shift else None,
+        tensor(groups, n, dtype=kind) if shift else None,
     )

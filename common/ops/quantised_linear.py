@@ -29,8 +29,12 @@ TOLERANCE = {
 
 def quantised_linear(x: F32, weight: Stored, bias: F32 | None = None) -> F32:
     """x (T, K), weight (N, K) in its stored form, bias (N,) or None -> x @ values.T + bias."""
-    values = rows_values(weight) if isinstance(weight, QuantisedRows) else weight.values()
-    return linear(x, values, bias)
+    return linear(x, stored_values(weight), bias)
+
+
+def stored_values(weight: Stored) -> F32:
+    """(N, K) numbers that a matrix stands for."""
+    return rows_values(weight) if isinstance(weight, QuantisedRows) else weight.values()
 
 
 def rows_values(weight: QuantisedRows) -> F32:
@@ -90,12 +94,57 @@ def mxfp4(rng: np.random.Generator, n: int, k: int) -> Mxfp4Rows:
     return Mxfp4Rows(codes, rng.integers(middle - 2, middle + 1, (n, k // MX_GROUP), np.uint8))
 
 
+def k_scales(rng: np.random.Generator, n: int, units: int, most: int, size: float) -> F32:
+    """(n, units) float16 of eight neighbours times whole numbers of their own, as GGUF has them."""
+    wide = rng.uniform(0.5, 1.5, (n, -(-units // 8))) * size / most
+    common = _half(wide.astype(np.float32))
+    own = rng.integers(most // 4, most + 1, (n, units)).astype(np.float32)
+    return np.repeat(common, 8, axis=1)[:, :units] * own
+
+
+def q4_k(rng: np.random.Generator, n: int, k: int) -> QuantisedRows:
+    groups = -(-k // GROUP)
+    q = rng.integers(0, 16, (n, groups, GROUP)).astype(np.uint8)
+    scale = k_scales(rng, n, groups, 63, k**-0.5 / 3)
+    return QuantisedRows(4, q, scale, 8 * k_scales(rng, n, groups, 63, k**-0.5 / 3), k)
+
+
+def q5_k(rng: np.random.Generator, n: int, k: int) -> QuantisedRows:
+    groups = -(-k // GROUP)
+    q = rng.integers(0, 32, (n, groups, GROUP)).astype(np.int8)
+    scale = k_scales(rng, n, groups, 63, k**-0.5 / 6)
+    return QuantisedRows(8, q, scale, 16 * k_scales(rng, n, groups, 63, k**-0.5 / 6), k)
+
+
+def q6_k(rng: np.random.Generator, n: int, k: int) -> QuantisedRows:
+    """Scales by 16 columns, of either sign."""
+    groups = -(-k // GROUP)
+    q = rng.integers(-32, 32, (n, groups, GROUP)).astype(np.int8)
+    scale = k_scales(rng, n, 2 * groups, 127, k**-0.5 / 12)
+    return QuantisedRows(8, q, scale * rng.choice([-1.0, 1.0], scale.shape).astype("f4"), None, k)
+
+
+def q8_0(rng: np.random.Generator, n: int, k: int) -> QuantisedRows:
+    groups = -(-k // GROUP)
+    q = rng.integers(-127, 128, (n, groups, GROUP)).astype(np.int8)
+    scale = _half(rng.uniform(0.5, 1.5, (n, groups)).astype(np.float32) * k**-0.5 / 74)
+    return QuantisedRows(8, q, scale, None, k)
+
+
 FORMS: dict[str, Callable[[np.random.Generator, int, int], Stored]] = {
     "int8_channel": int8_channel,
     "packed_int4": packed_int4,
     "awq_int4": awq_int4,
     "fp8_block": fp8_block,
     "mxfp4": mxfp4,
+}
+GGUF_FORMS: dict[str, Callable[[np.random.Generator, int, int], Stored]] = {
+    "q8_0": q8_0,
+    "q4_0": packed_int4,
+    "q4_1": awq_int4,
+    "q4_k": q4_k,
+    "q5_k": q5_k,
+    "q6_k": q6_k,
 }
 
 
@@ -116,7 +165,7 @@ def _cases(form: Callable[..., Stored]) -> Callable[[np.random.Generator], Itera
             x = normal(rng, rows, weight.shape[1])
             yield Case(name, {"x": x, "weight": weight, "bias": bias})
         weight = form(rng, 9, 96)
-        if isinstance(weight, QuantisedRows):
+        if isinstance(weight, QuantisedRows) and weight.scale.shape[1] == weight.q.shape[1]:
             turned = replace(weight, order=rng.permutation(96).astype(np.int64))
             args = {"x": normal(rng, 4, 96), "weight": turned, "bias": None}
             yield Case("columns_out_of_order", args)
@@ -126,5 +175,5 @@ def _cases(form: Callable[..., Stored]) -> Callable[[np.random.Generator], Itera
 
 OPS = tuple(
     Op("linear", quantised_linear, _cases(form), TOLERANCE, weights=scheme, dims=linear_dims)
-    for scheme, form in FORMS.items()
+    for scheme, form in {**FORMS, **GGUF_FORMS}.items()
 )

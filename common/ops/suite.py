@@ -14,6 +14,7 @@ from ...platforms.interface_attention import AttentionBackend, AttentionSpec
 from ...platforms.interface_kernels import Case, CaseRunner, Kernel, Op, Problem, Subject, Suite
 from ...platforms.interface_kv import KVGroup, KVKind
 from ...platforms.interface_step import StepBatch
+from ..checkpoint.block_floats import StoredMatrix
 from . import OPS
 from .registry import KernelRegistry, refusals
 from .sample_cases import sampling_arrays
@@ -84,6 +85,11 @@ def problem_of(op: Op, case: Case, dtype: str) -> Problem:
     """The static facts of the call site that a case stands for."""
     dims = {} if op.dims is None else op.dims(case.args)
     return Problem(op.name, dtype, dims, op.weights)
+
+
+def is_stored(value: object) -> bool:
+    """Whether a case's argument is a matrix in a stored form, or a stack of such."""
+    return isinstance(value[0] if isinstance(value, tuple) and value else value, StoredMatrix)
 
 
 def spec_of(case: Case, dtype: str, kv_dtype: str = "") -> AttentionSpec:

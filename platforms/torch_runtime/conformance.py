@@ -14,7 +14,7 @@ from torch import Tensor
 from ...common.errors import ConformanceError
 from ...common.ops.conformance import as_list, is_float
 from ...common.ops.registry import KernelRegistry
-from ...common.ops.suite import group_of, problem_of, spec_of, step_of, suite_of
+from ...common.ops.suite import group_of, is_stored, problem_of, spec_of, step_of, suite_of
 from ..interface_kernels import Case, Kernel, KernelTable, Op, Suite
 from .device import TorchDevice
 from .dtypes import DTYPES
@@ -50,7 +50,8 @@ class TorchRunner:
         prepared = {}
         if op.weights and kernel.prepare is not None:
             problem = problem_of(op, case, dtype)
-            prepared["weight"] = kernel.prepare(given.pop("weight"), problem)
+            stored = [name for name, value in given.items() if is_stored(value)]
+            prepared = {name: kernel.prepare(given.pop(name), problem) for name in stored}
         args, blocks = self._arguments(op, given, dtype)
         with torch.inference_mode():
             results = as_list(kernel.fn(**args, **prepared))

@@ -189,7 +189,9 @@ GENERIC: dict[str, Callable[..., Any]] = {
 }
 
 
-READS_ON_HOST = frozenset({"moe", "moe_experts", "gated_delta", "latent_attention"})
+READS_ON_HOST = frozenset({"moe", "moe_experts"})
+"""Also where every row has one new token, as in captured steps. Other kernels here read lengths on
+the host for longer rows only."""
 
 
 def _anywhere(facts: DeviceFacts, problem: Problem) -> str | None:

@@ -52,6 +52,68 @@ def shifted(code, zero, FORM: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def packed_sums(
+    x_at,
+    live,
+    data_at,
+    scale_at,
+    shift_at,
+    inside,
+    k,
+    width,
+    scale_stride,
+    shift_stride,
+    FORM: tl.constexpr,
+    SHIFT: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAIRED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of a product, float32. `x_at` (BLOCK_M,) is where rows begin; `data_at`, `scale_at`
+    and `shift_at` (BLOCK_N,) where an output's numbers, scales and shifts do. `width` is a row of
+    `data` in bytes, PAIRED where a byte has two numbers. BLOCK_K columns lie in one group, so that
+    one scale per output multiplies their sum."""
+    BYTES: tl.constexpr = BLOCK_K // 2 if PAIRED else BLOCK_K
+    place = tl.arange(0, BYTES)
+    depth = place
+    if PAIRED:
+        depth = place // 16 * 32 + place % 16
+    x_at = x_at[:, None] + depth[None, :]
+    data_at = data_at[None, :] + place[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(tl.cdiv(k, BLOCK_K)):
+        start = block * BLOCK_K
+        there = (block * BYTES + place < width)[:, None] & inside[None, :]
+        code = tl.load(data_at + block * BYTES, mask=there, other=0)
+        group = start // GROUP if GROUP else 0
+        scale = tl.load(scale_at + group * scale_stride, mask=inside, other=0).to(tl.float32)
+        if FORM == MXFP4:
+            scale = tl.exp2(scale - 127.0)
+        shift = scale
+        if SHIFT != PLAIN:
+            shift = tl.load(shift_at + group * shift_stride, mask=inside, other=0).to(tl.float32)
+        deep = live[:, None] & (start + depth < k)[None, :]
+        x = tl.load(x_at + start, mask=deep, other=0.0)
+        low = code & 15 if PAIRED else code
+        w = shifted(low, shift[None, :], FORM, SHIFT).to(x.dtype)
+        part = tl.dot(x, w, input_precision="ieee")
+        if PAIRED:
+            deep = live[:, None] & (start + 16 + depth < k)[None, :]
+            more = tl.load(x_at + start + 16, mask=deep, other=0.0)
+            w = shifted(code >> 4, shift[None, :], FORM, SHIFT).to(x.dtype)
+            part = tl.dot(more, w, part, input_precision="ieee")
+        acc += part * scale[None, :]
+        if SHIFT == MINIMUMS:
+            total = tl.sum(x.to(tl.float32), axis=1)
+            if PAIRED:
+                total += tl.sum(more.to(tl.float32), axis=1)
+            acc -= total[:, None] * shift[None, :]
+    return acc
+
+
+@triton.jit
 def linear_kernel(
     x_ptr,
     data_ptr,
@@ -75,47 +137,19 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`width` is a row of `data` in bytes, PAIRED where a byte has two numbers. BLOCK_K columns lie
-    in one group, so that one scale per output multiplies their sum."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live, inside = row < rows, column < n
-    BYTES: tl.constexpr = BLOCK_K // 2 if PAIRED else BLOCK_K
-    place = tl.arange(0, BYTES)
-    depth = place
-    if PAIRED:
-        depth = place // 16 * 32 + place % 16
-    x_at = x_ptr + row.to(tl.int64)[:, None] * x_stride + depth[None, :]
-    data_at = data_ptr + column.to(tl.int64)[None, :] * width + place[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(tl.cdiv(k, BLOCK_K)):
-        start = block * BLOCK_K
-        there = (block * BYTES + place < width)[:, None] & inside[None, :]
-        code = tl.load(data_at + block * BYTES, mask=there, other=0)
-        group = start // GROUP if GROUP else 0
-        scale = tl.load(scale_ptr + group * scale_stride + column // SQUARES, mask=inside, other=0)
-        scale = scale.to(tl.float32)
-        if FORM == MXFP4:
-            scale = tl.exp2(scale - 127.0)
-        shift = scale
-        if SHIFT != PLAIN:
-            shift = tl.load(shift_ptr + group * n + column, mask=inside, other=0).to(tl.float32)
-        deep = live[:, None] & (start + depth < k)[None, :]
-        x = tl.load(x_at + start, mask=deep, other=0.0)
-        low = code & 15 if PAIRED else code
-        w = shifted(low, shift[None, :], FORM, SHIFT).to(x.dtype)
-        part = tl.dot(x, w, input_precision="ieee")
-        if PAIRED:
-            deep = live[:, None] & (start + 16 + depth < k)[None, :]
-            more = tl.load(x_at + start + 16, mask=deep, other=0.0)
-            w = shifted(code >> 4, shift[None, :], FORM, SHIFT).to(x.dtype)
-            part = tl.dot(more, w, part, input_precision="ieee")
-        acc += part * scale[None, :]
-        if SHIFT == MINIMUMS:
-            total = tl.sum(x.to(tl.float32), axis=1)
-            if PAIRED:
-                total += tl.sum(more.to(tl.float32), axis=1)
-            acc -= total[:, None] * shift[None, :]
+    x_at = x_ptr + row.to(tl.int64) * x_stride
+    data_at = data_ptr + column.to(tl.int64) * width
+    scale_at = scale_ptr + column // SQUARES
+    shift_at = scale_at
+    if SHIFT != PLAIN:
+        shift_at = shift_ptr + column
+    acc = packed_sums(
+        x_at, live, data_at, scale_at, shift_at, inside, k, width, scale_stride, n,
+        FORM, SHIFT, GROUP, PAIRED, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if BIASED:
         acc += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     at = out_ptr + row.to(tl.int64)[:, None] * n + column[None, :]
@@ -194,7 +228,7 @@ def linear(
         BIASED=bias is not None,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_K=min(tile.block_k, weight.group) if weight.group else tile.block_k,
+        BLOCK_K=weight.depth(tile.block_k),
         **tile.launch,
     )
     return out

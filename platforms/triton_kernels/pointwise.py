@@ -16,6 +16,18 @@ from .tuning import Tuning, power_of_two
 
 
 @triton.jit
+def clamped(gate, up, limit, slope, offset, AFTER: tl.constexpr):
+    """Of `clamped_swiglu`. Comparisons, for a minimum would take the limit in place of NaN."""
+    if not AFTER:
+        gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    opened = gate / (1.0 + tl.exp(-slope * gate))
+    if AFTER:
+        opened = tl.where(opened > limit, limit, opened)
+    return (up + offset) * opened
+
+
+@triton.jit
 def gate_kernel(
     gate_ptr,
     up_ptr,
@@ -49,14 +61,7 @@ def clamped_kernel(
     inside = column < width
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    # Comparisons, for a minimum would take the limit in place of NaN.
-    if not AFTER:
-        gate = tl.where(gate > limit, limit, gate)
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    opened = gate / (1.0 + tl.exp(-slope * gate))
-    if AFTER:
-        opened = tl.where(opened > limit, limit, opened)
-    out = (up + offset) * opened
+    out = clamped(gate, up, limit, slope, offset, AFTER)
     tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 

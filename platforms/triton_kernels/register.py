@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from ...common.checkpoint.gguf_blocks import SCHEMES as GGUF
 from ...common.checkpoint.packed_schemes import PACKED
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from ...common.ops.registry import KernelRegistry
     from ..torch_runtime.device import TorchDevice
+    from .packed_experts import PackedExperts
     from .packed_matrix import PackedMatrix
 
 PRIORITY = 10
@@ -41,6 +43,7 @@ OPS = {
     "page_digest": "paging",
     "sample": "sampling",
     "moe": "moe",
+    "moe_experts": "experts",
     "linear": "linear",
     "gated_delta": "gated_delta",
     "conv1d_update": "short_conv",
@@ -58,14 +61,15 @@ OPS = {
 }
 """Op -> the module that has its kernel."""
 
-PRODUCTS = frozenset({"linear", "moe"})
+EXPERTS = ("moe", "moe_experts")
+PRODUCTS = frozenset({"linear", *EXPERTS})
 """Ops that multiply matrices in the dtype of their inputs."""
 
-INTEGERS = PACKED | {"int8", "int4"}
+INTEGERS = PACKED | GGUF | {"int8", "int4"}
 """Schemes of whole numbers; the last two are made on load."""
 SCHEMES = INTEGERS | {"fp8_block", "mxfp4"}
 
-WEIGHTS = {"linear": SCHEMES, "embedding": INTEGERS}
+WEIGHTS = {"linear": SCHEMES, "embedding": INTEGERS, **dict.fromkeys(EXPERTS, SCHEMES)}
 """Op -> schemes of its matrix. Plain ones beside quantised ones take torch's product in `linear`; a
 model that has plain ones alone is left to torch."""
 
@@ -126,11 +130,16 @@ def register_triton(registry: KernelRegistry, device: TorchDevice) -> None:
 
         return pack(weight, problem, device)
 
+    def prepare_stack(weights: Any, problem: Problem) -> Tensor | PackedExperts:
+        from .packed_experts import pack_experts
+
+        return pack_experts(weights, problem, device)
+
     for op, module in OPS.items():
         fn = partial(refused_kernel, reason) if reason else _bound(module, op, device.facts)
         kernel = Kernel(op, "triton", requires, fn, PRIORITY)
         if op in WEIGHTS:
-            kernel = replace(kernel, prepare=prepare)
+            kernel = replace(kernel, prepare=prepare_stack if op in EXPERTS else prepare)
         registry.add(replace(kernel, schemes=SCHEMES) if op == "linear" else kernel)
     if reason:
         registry.add_attention(RefusedAttention(reason), PRIORITY)

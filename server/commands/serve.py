@@ -182,19 +182,16 @@ class _Terminal:
     """Reports to the person who typed the command."""
 
     def __init__(self, options: ServeOptions) -> None:
+        from ..loading_bar import LoadingBar
+
         self._options = options
-        self._stage = ""
+        self._bar = LoadingBar()
 
     def loading(self, message: Loading) -> None:
-        if sys.stderr.isatty():
-            click.echo(f"\r\033[K{message.stage} {message.percent} %", err=True, nl=False)
-        elif message.stage != self._stage:
-            click.echo(f"{message.stage} ...", err=True)
-        self._stage = message.stage
+        self._bar.show(message)
 
     def ready(self, service: Service, address: str) -> None:
-        if sys.stderr.isatty():
-            click.echo("\r\033[K", err=True, nl=False)
+        self._bar.close()
         loaded = service.loaded
         chats = loaded.tokenizer.chat_template is not None
         what = "Open it in a browser to chat, or paste:" if chats else NO_CHAT
@@ -205,8 +202,7 @@ class _Terminal:
         )
 
     def failed(self, sentence: str) -> None:
-        if self._stage and sys.stderr.isatty():
-            click.echo(err=True)
+        self._bar.close()
         click.echo(f"Error: {sentence}", err=True)
 
     def draining(self, sequences: int) -> None:

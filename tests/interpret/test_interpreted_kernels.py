@@ -108,7 +108,11 @@ FAULTS = [
     ("sample", "wins = value > most", "wins = value >= most"),
     ("sample", "tl.where(x == x, x, float(\"-inf\"))", "tl.where(x == x, x, 9.0)"),
     ("moe", "logit = logit.to(tl.float32)", "logit = -logit.to(tl.float32)"),
-    ("moe", "* BLOCK_M, 0), axis=0)", "* (BLOCK_M + 1), 0), axis=0)"),
+    ("moe_experts", "* BLOCK_M, 0), axis=0)", "* (BLOCK_M + 1), 0), axis=0)"),
+    ("moe_experts", "matrix + 1, column", "matrix, column"),
+    ("moe_experts", "bias_ptr + output", "bias_ptr + column"),
+    ("moe_experts", "load(factors_ptr + at) * value", "load(factors_ptr + at - place) * value"),
+    ("moe_experts", "clamped(out, up, limit, slope, offset, AFTER)", "out * up"),
 ]  # fmt: skip
 
 

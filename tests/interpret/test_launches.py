@@ -3,69 +3,55 @@ depends on shapes alone, and no wrapper reads a tensor on the host. Nothing is i
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.recorded_launches import Launch, record_launches
 from support.triton_checks import WARP_64, triton_facts, triton_registry
 
 from sixfold.common.ops import OPS
+from sixfold.common.ops.suite import is_stored, problem_of
 from sixfold.platforms.interface import DeviceFacts
-from sixfold.platforms.triton_kernels import (
-    compress,
-    gated_delta,
-    hyper_connections,
-    index_topk,
-    short_conv,
-    vector_attention,
-)
+from sixfold.platforms.triton_kernels import experts, gated_delta
 
-LAUNCHING: dict[str, tuple[ModuleType, str]] = {
-    "gated_delta": (gated_delta, "mixed"),
-    "conv1d_update": (short_conv, "mixed"),
-    "latent_attention": (vector_attention, "mixed"),
-    "compressed_attention": (vector_attention, "mixed_selected"),
-    "index_topk": (index_topk, "mixed"),
-    "compress_norm_rope_store": (compress, "mixed"),
-    "mhc_post_pre": (hyper_connections, "beyond_a_tile"),
+LAUNCHING = {
+    "gated_delta": "mixed",
+    "conv1d_update": "mixed",
+    "latent_attention": "mixed",
+    "compressed_attention": "mixed_selected",
+    "index_topk": "mixed",
+    "compress_norm_rope_store": "mixed",
+    "mhc_post_pre": "beyond_a_tile",
+    "moe": "top_8",
+    "moe_experts": "sloped_and_biased",
+    "moe_experts/mxfp4": "clamped_and_biased",
 }
+"""Title of a contract -> one of its cases."""
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
-class Recorder:
-    """Stands in for a kernel: notes how it is launched and runs nothing."""
-
-    def __init__(self, name: str, log: list[Any]) -> None:
-        self.name, self.log = name, log
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **named: Any) -> None:
-            seen = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
-            self.log.append((self.name, grid, seen, named))
-
-        return launch
-
-
-def launches(op: str, facts: DeviceFacts, shift: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+def launches(
+    title: str, facts: DeviceFacts, shift: int, monkeypatch: pytest.MonkeyPatch
+) -> list[Launch]:
     """Of a case whose whole numbers are all raised by `shift`."""
-    module, name = LAUNCHING[op]
-    case = next(c for c in OPS[op].cases(np.random.default_rng(0)) if c.name == name)
+    op = OPS[title]
+    case = next(c for c in op.cases(np.random.default_rng(0)) if c.name == LAUNCHING[title])
+    kernel = next(k for k in triton_registry(facts).kernels() if k.op == op.name)
     args: dict[str, Any] = {}
     for key, value in case.args.items():
         if isinstance(value, np.ndarray):
             args[key] = torch.from_numpy(value + (shift if value.dtype.kind == "i" else 0))
+        elif is_stored(value) and kernel.prepare is not None:
+            args[key] = kernel.prepare(value, problem_of(op, case, "float32"))
         else:
             args[key] = value
-    fn = next(k.fn for k in triton_registry(facts).kernels() if k.op == op)
-    log: list[Any] = []
     with monkeypatch.context() as patch:
-        for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
-            patch.setattr(module, kernel, Recorder(kernel, log))
+        log = record_launches(patch)
         for read in READS:
             patch.setattr(torch.Tensor, read, refuse)
-        fn(**args)
+        kernel.fn(**args)
     return log
 
 
@@ -90,3 +76,16 @@ def test_a_read_on_the_host_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_delta, "gated_delta", reading)
     with pytest.raises(AssertionError, match="read on the host"):
         launches("gated_delta", triton_facts(), 0, monkeypatch)
+
+
+def test_a_grid_cut_by_counts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tiles as experts were chosen, and not as any routing can need."""
+    product = experts._product
+
+    def counting(tuning: Any, x: Any, stack: Any, bias: Any, chosen: Any, *rest: Any, **form: Any):
+        busy = int((chosen.starts.diff() > 0).sum())
+        product(tuning, x[:busy], stack, bias, chosen, *rest, **form)
+
+    monkeypatch.setattr(experts, "_product", counting)
+    with pytest.raises(AssertionError, match="read on the host"):
+        launches("moe_experts", triton_facts(), 0, monkeypatch)

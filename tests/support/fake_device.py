@@ -4,19 +4,20 @@ shapes, dtypes and a device but no values.
 What a step does wrong on a device shows: tensors of two devices in one operation, a read of a value
 on the host inside the model's forward, a size that depends on values. Two things that the CPU build
 cannot do for another device's fake tensors are done here instead: Python indexing, and moving a
-tensor to the device. Kernels that are opaque to torch are replaced while tracing (`Opaque`).
+tensor to the device. A library's kernels are replaced while tracing (`Opaque`), for they are opaque
+to torch; Triton's wrappers are the real ones, whose launches a test records (`recorded_launches`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from support.graph_stand_in import READS, tensors_of
+from support.graph_stand_in import READS, Recording, tensors_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -139,61 +140,6 @@ class _Attention:
         return torch.empty_like(q)
 
 
-def _moe_shape(x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, *rest: Any) -> Any:
-    """The generic kernel counts rows on the host."""
-    return torch.empty_like(x) + 0 * (router_logits[:1, :1] + gate_up[0, 0, 0] + down[0, 0, 0])
-
-
-def _experts_shape(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    *rest: Any,
-    **more: Any,
-) -> Any:
-    """The generic kernel counts rows on the host."""
-    made = torch.empty_like(x) + 0 * (weights[:1, :1] + gate_up[0, 0, 0] + down[0, 0, 0])
-    return made.to(x.dtype)
-
-
-def _delta_shape(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    """The generic kernel reads the lengths of longer rows on the host."""
-    state = rest[4]
-    return torch.empty_like(v) + 0 * (state[0, 0, 0, 0] + q[0, 0, 0] + rest[5][0]), state
-
-
-def _latent_shape(q: Tensor, latents: Tensor, cache: Tensor, table: Tensor, *rest: Any) -> Any:
-    """The generic kernel reads the lengths of longer rows on the host."""
-    made = torch.empty_like(q)[..., : rest[3]]
-    return made + 0 * (latents[0, 0] + cache[0, 0] + table[0, 0] + rest[0][0] + rest[1][0]), cache
-
-
-def _entries_shape(q: Tensor, kv: Tensor, sinks: Tensor, window_cache: Tensor, *rest: Any) -> Any:
-    """The generic kernel reads the lengths of longer rows on the host."""
-    touched = sum(x.flatten()[:1].float().sum() for x in (kv, sinks, *rest) if torch.is_tensor(x))
-    return (torch.empty_like(q) + 0 * touched).to(q.dtype), window_cache
-
-
-def _topk_shape(q: Tensor, weights: Tensor, cache: Tensor, *rest: Any) -> Any:
-    """The generic kernel reads the lengths of longer rows on the host."""
-    made = torch.empty((len(q), rest[-1]), dtype=torch.int64, device=q.device)
-    return made + 0 * (weights[:1, :1].long() + cache[0, 0].long())
-
-
-SHAPES: Mapping[str, Callable[..., Any]] = {
-    "moe": _moe_shape,
-    "moe_experts": _experts_shape,
-    "gated_delta": _delta_shape,
-    "latent_attention": _latent_shape,
-    "compressed_attention": _entries_shape,
-    "index_topk": _topk_shape,
-}
-"""Ops whose generic kernel cannot be traced -> their shape function. All other kernels that are
-opaque to torch are traced as the generic kernel of their op."""
-
-
 class Opaque:
     """A registry as a platform's `register` sees it: kernels of opaque providers compute as the
     generic ones while their selection stays their own."""
@@ -204,8 +150,7 @@ class Opaque:
 
     def add(self, kernel: Kernel) -> None:
         if kernel.provider in self._providers:
-            fn = SHAPES.get(kernel.op) or GENERIC[kernel.op]
-            kernel = replace(kernel, fn=fn, prepare=None)
+            kernel = replace(kernel, fn=GENERIC[kernel.op], prepare=None)
         self._registry.add(kernel)
 
     def add_attention(self, backend: AttentionBackend, priority: int = 0) -> None:
@@ -226,6 +171,7 @@ class FakeExecutor:
     ) -> None:
         self.api = _Api()
         self._mode = FakeTensorMode()
+        self._graphs = graphs
         self._executor = TorchExecutor(spec, absent(device, graphs), register, lambda _: source)
         with self._fake():
             self.info: ExecutorInfo = self._executor._load(None)
@@ -238,6 +184,17 @@ class FakeExecutor:
     def run(self, batch: StepBatch) -> StepResult:
         with self._fake():
             return self._runner.run(batch)
+
+    def record(self) -> int:
+        """The decode steps of all buckets, by the rules of a device graph. How many there are."""
+        for bucket in self.buckets:
+            with self._fake():
+                Recording(bucket.work)
+        return len(self.buckets)
+
+    @property
+    def buckets(self) -> list[Any]:
+        return self._graphs.runner.buckets if self._graphs.runner else []
 
     @property
     def model(self) -> Any:

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from support.graph_stand_in import READS, CannotRecord, Recording
 
 from sixfold.common.ops.sample import sample as reference
 from sixfold.common.ops.sample import unpack_mask as unpack_reference
@@ -114,3 +115,39 @@ def test_selected_rows_carry_their_ragged_parts() -> None:
     want = sampling_arrays([rows[i] for i in chosen])
     for name in want.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+
+
+# ---- reads on the host
+
+
+def filtered(rng: np.random.Generator, rows: int, vocab: int) -> list[dict[str, object]]:
+    """Rows with every filter and every adjustment."""
+    made = [random_row(rng, vocab) for _ in range(rows - 1)]
+    every = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "uniform": 0.3}
+    return [*made, {**every, "output": [1, 2, 3], "frequency_penalty": 0.5}]
+
+
+class HostRead(Exception):
+    pass
+
+
+def refuse(*_: object) -> None:
+    raise HostRead
+
+
+def test_filters_read_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row asks for is in host arrays, which are copied to the device before they are used:
+    so a step is submitted without waiting, but its sampling is not part of a recording."""
+    rng = np.random.default_rng(5)
+    rows, vocab = 16, 211
+    logits = rng.standard_normal((rows, vocab)).astype(np.float32) * 3
+    arrays = sampling_arrays(filtered(rng, rows, vocab))
+    with monkeypatch.context() as patch:
+        for read in READS:
+            patch.setattr(torch.Tensor, read, refuse)
+        found = sample(torch.from_numpy(logits), arrays)
+        with pytest.raises(HostRead):
+            sample(torch.from_numpy(logits), arrays, shortlist=64)
+    np.testing.assert_array_equal(found.numpy(), reference(logits, arrays))
+    with pytest.raises(CannotRecord, match="from host values"):
+        Recording(lambda: sample(torch.from_numpy(logits), arrays))

@@ -2,9 +2,9 @@
 prefill, decode and mixed steps, all is on the device and nothing is read back in the forward; the
 same in the buckets that a device graph captures. Evidence of the kind "traced": no values.
 
-While tracing, kernels that torch cannot see into compute as the generic kernel of their op; `moe`
-and the attention of a library or of Triton are shape functions (`support/fake_device.py`). Their
-selection, their plans and their buffers are the platform's own.
+While tracing, Triton's wrappers are the real ones, their launches recorded; kernels of libraries
+compute as the generic kernel of their op, their attention is a shape function
+(`support/fake_device.py`). Selection, plans and buffers are the platform's own.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.fake_device import SHAPES, FakeExecutor, HostRead, Opaque
+from support.fake_device import FakeExecutor, HostRead, Opaque
 from support.graph_stand_in import StandInGraphs
 from support.image_mock import PAD
 from support.library_stand_ins import install
 from support.random_source import RandomSource
+from support.recorded_launches import Launch, record_launches
 from support.recorded_machines import load
 from support.seeing_model import CONFIG as SEEING
 from support.seeing_model import FAMILY, MERGE, VALUES, SeeingModel
@@ -29,6 +30,7 @@ from support.tiny_experts import DEEPSEEK_V3, GPT_OSS
 from support.tiny_models import TINY
 from support.tiny_qwen3_5 import EXPERTS
 from support.tiny_qwen3_5 import TEXT as QWEN3_5
+from support.tiny_step3p7 import PUBLISHED as STEP3P7
 from support.tiny_torch_model import Driver
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
@@ -38,24 +40,29 @@ from sixfold.platforms import select
 from sixfold.platforms.cuda.device import CUDADevice
 from sixfold.platforms.cuda.kernels import register as register_cuda
 from sixfold.platforms.interface import EngineSpec
-from sixfold.platforms.interface_kernels import Kernel
 from sixfold.platforms.interface_step import LAST_TOKEN, StepImage
 from sixfold.platforms.rocm.device import ROCmDevice
 from sixfold.platforms.rocm.kernels import register as register_rocm
 from sixfold.platforms.xpu.device import XPUDevice
 from sixfold.platforms.xpu.kernels import register as register_xpu
 
-OPAQUE = frozenset({"triton", "flashinfer", "aiter", "shape"})
+pytest.importorskip("triton")
+
+OPAQUE = frozenset({"flashinfer", "aiter"})
 PLAIN = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3")
-FAMILIES = (*PLAIN, "qwen3_5_text", "qwen3_5_moe_text", "deepseek_v3", "deepseek_v4", "gpt_oss")
+OWN = ("qwen3_5_text", "qwen3_5_moe_text", "deepseek_v3", "deepseek_v4", "gpt_oss", "step3p5")
+FAMILIES = (*PLAIN, *OWN)
+MIXTURES = {"qwen3_moe", *OWN} - {"qwen3_5_text"}
 # One layer of each kind that has entries; few Sinkhorn steps make short traces.
 FEWER_LAYERS = {"num_hidden_layers": 2, "compress_ratios": [128, 4, 0], "hc_sinkhorn_iters": 2}
 SIZES = {"rms_norm_eps": 1e-6, "max_position_embeddings": 256, "tie_word_embeddings": False}
+OTHER_HEADS = {**STEP3P7["attention_other_setting"], "head_dim": 64}
 OTHERS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {**QWEN3_5, "head_dim": 64},
     "qwen3_5_moe_text": {**QWEN3_5, **EXPERTS, "head_dim": 64},
     "deepseek_v3": {**DEEPSEEK_V3, "rope_theta": 1e4},
     "deepseek_v4": {**DEEPSEEK_V4, **FEWER_LAYERS},
+    "step3p5": {**STEP3P7, "head_dim": 64, "attention_other_setting": OTHER_HEADS},
     "gpt_oss": {**GPT_OSS, "head_dim": 64, "rope_theta": 1e4, "attention_bias": True},
 }
 
@@ -72,12 +79,15 @@ class Target:
     def __str__(self) -> str:
         return "-".join([self.machine, *self.libraries])
 
-    def executor(self, config: dict[str, Any], graphs: bool = False, **fields: Any) -> FakeExecutor:
+    def executor(
+        self, config: dict[str, Any], records: bool = False, **fields: Any
+    ) -> FakeExecutor:
+        """`records`: the device has graphs, whose buckets run uncaptured."""
         facts = select.probe_all(load(self.machine)[0])[self.platform].devices[0]
         facts = replace(facts, libraries={**facts.libraries, **self.libraries})
         device, register = self._parts(facts)
         spec = EngineSpec("", max_rows=8, page_size=16, cache_tokens=512, max_context=64, **fields)
-        stand_in = StandInGraphs(captures=False, device=self.device) if graphs else None
+        stand_in = StandInGraphs(captures=False, device=self.device) if records else None
         return FakeExecutor(device, register, RandomSource(config), spec, stand_in)
 
     def _parts(self, facts: Any) -> tuple[Any, Callable[[Any], None]]:
@@ -85,10 +95,7 @@ class Target:
         device = make(facts, self.device)
 
         def opaque(registry: Any) -> None:
-            seen = Opaque(registry, OPAQUE)
-            register(seen, device)
-            for op in SHAPES:
-                seen.add(Kernel(op, "shape", lambda facts, problem: None, print, priority=1))
+            register(Opaque(registry, OPAQUE), device)
 
         return device, opaque
 
@@ -111,8 +118,10 @@ TARGETS = (
 
 
 @pytest.fixture(autouse=True)
-def _libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """What Triton's wrappers launch. Libraries are stand-ins."""
     install(monkeypatch)
+    return record_launches(monkeypatch)
 
 
 def config(name: str) -> dict[str, Any]:
@@ -147,19 +156,28 @@ def steps(made: FakeExecutor) -> int:
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_model_stays_on_the_device(target: Target, family: str) -> None:
-    made = target.executor(config(family))
+def test_every_model_stays_on_the_device_and_its_decode_steps_can_be_recorded(
+    target: Target, family: str, launches: list[Launch]
+) -> None:
+    made = target.executor(config(family), records=True)
     assert steps(made) == 4
     devices = {p.device for p in [*made.model.parameters(), *made.model.buffers()]}
     assert devices == {torch.device(target.device)}
-    assert {d.what: d for d in made.info.decisions}["dtype"].chosen == "bfloat16"
+    decisions = {d.what: d for d in made.info.decisions}
+    assert decisions["dtype"].chosen == "bfloat16"
+    assert decisions["step"].chosen == "in buckets", decisions["step"]
+    assert made.record() == 4  # buckets of 1, 2, 4 and 8 rows
+    assert launches
+    assert ("expert_kernel" in {name for name, *_ in launches}) is (family in MIXTURES)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_decode_steps_in_buckets_stay_on_the_device(target: Target) -> None:
-    made = target.executor(config("gemma3"), graphs=True)
-    assert {d.what: d for d in made.info.decisions}["step"].chosen == "in buckets"
+@pytest.mark.parametrize("target", [TARGETS[0], TARGETS[2]], ids=str)
+def test_graphs_off_runs_every_step_op_by_op(target: Target) -> None:
+    made = target.executor(config("llama"), records=True, graphs="off")
+    decision = {d.what: d for d in made.info.decisions}["step"]
+    assert (decision.chosen, decision.because) == ("op by op", "set by the user")
     assert steps(made) == 4
+    assert made.buckets == []
 
 
 @pytest.mark.parametrize("target", [TARGETS[0], TARGETS[2]], ids=str)
@@ -239,6 +257,16 @@ def test_a_fault_in_the_forward_is_caught(fault: Any, error: Any, text: str) -> 
 
     norm.add = faulty
     with pytest.raises(error, match=text):
+        steps(made)
+
+
+def test_experts_that_count_on_the_host_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sixfold.platforms.triton_kernels import experts
+
+    sort = experts._by_expert
+    made = TARGETS[0].executor(config("deepseek_v3"), records=True)
+    monkeypatch.setattr(experts, "_by_expert", lambda ids, n: sort(ids, min(n, int(ids.max()))))
+    with pytest.raises(HostRead, match=r"Tensor\.(__int__|item)"):
         steps(made)
 
 

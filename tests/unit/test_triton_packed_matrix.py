@@ -13,13 +13,16 @@ from support.kernel_checks import cpu_device
 
 from sixfold.common.checkpoint.quantised_rows import QuantisedRows
 from sixfold.common.errors import KernelError
-from sixfold.common.ops.quantised_linear import FORMS, rows_values
+from sixfold.common.ops.quantised_linear import FORMS, GGUF_FORMS, rows_values
+from sixfold.models.quantization import BITS
 from sixfold.platforms.interface_kernels import Problem
 from sixfold.platforms.torch_runtime.rounding import round_int4, round_int8
+from sixfold.platforms.triton_kernels.packed_experts import PackedExperts, outputs, pack_experts
 from sixfold.platforms.triton_kernels.packed_matrix import (
     INT4,
     MINIMUMS,
     PLAIN,
+    ROUNDED,
     ZEROS,
     PackedMatrix,
     pack,
@@ -148,6 +151,49 @@ def test_refusals() -> None:
     assert made(turned).order is not None
     with pytest.raises(KernelError, match="embedding with columns out of order"):
         made(turned, "embedding")
-    fine = replace(rows(8, 32, False), scale=np.ones((N, K // 16), np.float32))
-    with pytest.raises(KernelError, match="scales per 16 columns"):
-        made(fine)
+    stack = Problem("moe_experts", "bfloat16", {"parts": 1}, "gptq_int4")
+    with pytest.raises(KernelError, match="desc_act"):
+        pack_experts([turned, turned], stack, cpu_device())
+
+
+@pytest.mark.parametrize("scheme", GGUF_FORMS)
+def test_forms_of_gguf_keep_their_values_and_the_bits_that_are_planned(scheme: str) -> None:
+    """Rounded to float16 are scales and minimums of the k forms alone."""
+    stored = GGUF_FORMS[scheme](np.random.default_rng(2), N, K)
+    matrix = made(stored, scheme=scheme)
+    want = torch.from_numpy(rows_values(stored))
+    error = (values(matrix) - want).abs().max() / want.abs().max()
+    assert error < (1e-3 if scheme in ROUNDED else 1e-6)
+    assert matrix.nbytes <= N * K * BITS[scheme] / 8
+
+
+def stored_experts(scheme: str, minimums: bool = False) -> list[Any]:
+    rng = np.random.default_rng(4)
+    found = [FORMS[scheme](rng, N, K) for _ in range(4)]
+    if minimums:
+        found[2] = replace(found[2], minimum=found[2].scale * 3)
+    return found
+
+
+@pytest.mark.parametrize(("scheme", "minimums"), [("int8_channel", False), ("packed_int4", True)])
+def test_a_stack_is_its_matrices_below_each_other(scheme: str, minimums: bool) -> None:
+    """One of them with minimums of its own."""
+    matrices = stored_experts(scheme, minimums)
+    problem = Problem("moe_experts", "bfloat16", {"parts": 2}, scheme)
+    stack = pack_experts(iter(matrices), problem, cpu_device())
+    assert isinstance(stack, PackedExperts)
+    assert (stack.count, outputs(stack, 2)) == (4, N)
+    want = np.concatenate([rows_values(matrix) for matrix in matrices])
+    torch.testing.assert_close(values(stack.matrix), torch.from_numpy(want), rtol=1e-6, atol=1e-6)
+
+
+def test_a_stack_of_floats_is_rounded_matrix_by_matrix() -> None:
+    weights = torch.randn(3, 2 * N, 70, generator=torch.Generator().manual_seed(0))
+    problem = Problem("moe", "bfloat16", {"parts": 2}, "int8")
+    stack = pack_experts(weights, problem, cpu_device())
+    assert isinstance(stack, PackedExperts)
+    assert stack.count == 6
+    one = made(weights[1, N:].contiguous(), scheme="int8")
+    torch.testing.assert_close(values(stack.matrix)[3 * N : 4 * N], values(one))
+    plain = Problem("moe", "bfloat16", {"parts": 2})
+    assert pack_experts(weights, plain, cpu_device()) is weights
