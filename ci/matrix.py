@@ -85,7 +85,7 @@ class Check:
     about: str = ""
     tests: tuple[str, ...] = ()
     except_: tuple[str, ...] = ()
-    select: str = ""
+    select: dict[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     stage: str = ""
@@ -103,9 +103,7 @@ class Check:
         def fill(texts: Sequence[str]) -> tuple[str, ...]:
             return tuple(text.replace("{platform}", platform) for text in texts)
 
-        (select,) = fill([self.select])
-        options, contracts = fill(self.options), fill(self.contracts)
-        return replace(self, select=select, options=options, contracts=contracts)
+        return replace(self, options=fill(self.options), contracts=fill(self.contracts))
 
     def is_of(self, row: Row) -> bool:
         """Whether its results say something of the row."""
@@ -188,7 +186,7 @@ def _entry(kind: Any, plain: dict[str, Any]) -> Any:
         raise MatrixError(f"{kind.__name__} {plain.get('name', plain)}: {error}") from None
 
 
-def test_files(root: Path = ROOT) -> set[str]:
+def all_test_files(root: Path = ROOT) -> set[str]:
     return {str(p.relative_to(root)) for p in (root / "tests").rglob("test_*.py")}
 
 
@@ -224,7 +222,7 @@ def _files_not_run(matrix: Matrix, root: Path) -> list[str]:
             run |= files_of(check, root) | _matched(check.same_as, root)
         except MatrixError as error:
             found.append(f"check {check.name}: {error}")
-    return found + [f"{file} is run by no check" for file in sorted(test_files(root) - run)]
+    return found + [f"{file} is run by no check" for file in sorted(all_test_files(root) - run)]
 
 
 def _rows_and_cells(matrix: Matrix, root: Path) -> list[str]:
@@ -256,6 +254,8 @@ def _bad_names(matrix: Matrix) -> list[str]:
     for check in matrix.checks:
         ways = (check.tests, check.stage, check.verify, check.contracts, check.script)
         if sum(map(bool, ways)) != 1:
-            found.append(f"{check.name}: not exactly one of tests, stage, verify, contracts, script")
+            found.append(
+                f"{check.name}: not exactly one of tests, stage, verify, contracts, script"
+            )
     names = [check.name for check in matrix.checks]
     return found + [f"two checks are called {n}" for n in sorted(set(names)) if names.count(n) > 1]

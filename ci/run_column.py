@@ -104,7 +104,7 @@ def usual_kinds(of: Matrix, platform: str, machine: str, device: bool) -> Sequen
 
 
 def preload(platform: str) -> str:
-    """OpenBLAS under MLX's CPU backend, where it is installed: its own BLAS is many times slower."""
+    """OpenBLAS under MLX's CPU backend, where it is installed: its own is many times slower."""
     if platform != "mlx" or sys.platform != "linux":
         return ""
     return next((str(path) for path in Path("/usr/lib").glob(f"*/{OPENBLAS}")), "")

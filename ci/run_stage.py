@@ -1,6 +1,6 @@
 """One stage of tests/device/stages.py, in a process of its own: `ci/run_platform` starts it.
 
-    python ci/run_stage.py PLATFORM STAGE ANSWER.json [--small]
+python ci/run_stage.py PLATFORM STAGE ANSWER.json [--small]
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What was seen of a platform on one machine: the report that `sixfold verify` and `ci/run_platform`
-write and that `docs/hardware-status.md` is made from.
+"""What was seen of a platform on one machine: the report that `sixfold verify` and
+`ci/run_platform` write and that `docs/hardware-status.md` is made from.
 """
 
 from __future__ import annotations

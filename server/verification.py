@@ -107,7 +107,9 @@ def of_check(stdout: str, stderr: str, status: int) -> Result:
         return Result("device", "failed", f"ended with status {status}: {last}"[:1000])
     table = found["kernels"]
     named = [f"{k['op']} {k['provider']}" for k in table if k["status"] == "fail"]
-    count = {name: sum(k["status"] == name for k in table) for name in ("unverified", "unsupported")}
+    count = {
+        name: sum(k["status"] == name for k in table) for name in ("unverified", "unsupported")
+    }
     figures = {"cases": found["executed"], "kernels": len(table), **count}
     evidence = found["evidence"].partition(":")[0]
     kept = ("op", "provider", "status", "passed", "failed", "errors", "failures")
@@ -154,7 +156,9 @@ def _judged(part: Part, wanted: Wanted, server: Server) -> Result:
     try:
         result = part(wanted, server.peer.api)
     except Exception as error:
-        reason = str(error) if isinstance(error, SixfoldError) else f"{type(error).__name__}: {error}"
+        reason = (
+            str(error) if isinstance(error, SixfoldError) else f"{type(error).__name__}: {error}"
+        )
         if not server.alive:
             reason = server.failure(f"the server ended ({reason})")
         seen = error.seen if isinstance(error, WrongAnswer) else {}
