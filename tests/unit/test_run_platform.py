@@ -1,5 +1,6 @@
-"""Guards `ci/run_platform`: without the device it says so and exits with 3; its stages run (here at
-tiny sizes on the CPU), find a difference, and one that breaks leaves the others."""
+"""Guards `ci/run_platform`: it runs the checks that a machine can do, says why it skips others, and
+fails for what breaks, takes too long or runs nothing; its stages run (here at tiny sizes on the
+CPU), and find a difference."""
 
 from __future__ import annotations
 
@@ -16,10 +17,19 @@ import torch
 from device import speed, stages
 from device.card import Card, NoCard, open_card
 
+from sixfold.common.evidence import read
 from sixfold.platforms import select
 from sixfold.platforms.machine import observe
 
-SCRIPT = Path(__file__).parents[2] / "ci" / "run_platform.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "ci" / "run_platform.py"
+sys.path.insert(0, str(ROOT / "ci"))
+
+import matrix  # noqa: E402 (after the line that finds it)
+import run_check  # noqa: E402
+import run_column  # noqa: E402
+from matrix import Check, MatrixError  # noqa: E402
+from run_check import Place  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -36,45 +46,124 @@ def absent() -> str:
 
 def test_without_the_device_nothing_runs_and_the_status_says_so(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    command = [sys.executable, str(SCRIPT), absent(), "--out", str(out)]
+    command = [sys.executable, str(SCRIPT), absent(), "--evidence", "device", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
-    assert done.stdout.startswith("SKIPPED, nothing ran: The platform")
-    assert "found" in json.loads(out.read_text())["stages"]["environment"]["no device"]
+    assert done.stdout.splitlines()[-1].startswith("SKIPPED, nothing ran")
+    report = read(out)
+    assert {result.state for result in report.results.values()} == {"skipped"}
+    assert "found" in report.results["conformance"].reason
     with pytest.raises(NoCard, match="cannot serve here"):
         open_card(absent(), stages.SMALL)
 
 
-def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "cpu", "--stages", "speeed"]
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["cpu", "--checks", "speeed"], "cpu has no check speeed here; it has selection, "),
+        (["cpu", "--evidence", "rumour"], "no kind rumour; there are device, "),
+        (["abacus"], "no platform abacus; there are cuda, "),
+    ],
+)
+def test_what_there_is_not_is_refused(more: list[str], message: str) -> None:
+    command = [sys.executable, str(SCRIPT), *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "There is no stage speeed; there are environment, " in done.stderr
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
-def test_the_script_and_the_suite_have_the_same_stages() -> None:
-    module = _script()
-    asked = Namespace(stages="")
-    assert module.stage_names(asked) == list(stages.STAGES)
+def test_the_matrix_and_the_suite_have_the_same_stages() -> None:
+    found = [check.stage for check in matrix.load().checks if check.stage]
+    assert found == list(stages.STAGES)
 
 
-def test_a_stage_that_ends_its_process_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = _script()
-    monkeypatch.setattr(module, "__file__", "/nowhere/run_platform.py")
-    result = module.run_stage(Namespace(platform="cpu", small=True), "graphs")
-    assert not result["ok"]
-    assert "ended with status 2" in result["error"]
+def names(platform: str, device: bool, machine: str = "linux-x86_64", **asked: str) -> list[str]:
+    given = Namespace(**{"checks": "", "evidence": "", **asked})
+    return [c.name for c in run_column.chosen(matrix.load(), platform, machine, device, given)]
 
 
-def _script() -> Any:
-    from importlib.util import module_from_spec, spec_from_file_location
+def test_the_device_decides_what_is_run() -> None:
+    """With a card only what needs it; without, only what does not; on a CPU all."""
+    on_card, without = names("cuda", True), names("cuda", False)
+    assert on_card[:2] == ["environment", "conformance"]
+    assert "http" in on_card
+    assert not set(on_card) & set(without)
+    assert without[-1] == "traced"
+    assert {"kernels", "engine", "instruction_sets"} <= set(names("cpu", True))
+    assert "arm64" not in names("cpu", True, "darwin-arm64")
+    assert names("cuda", True, evidence="traced") == ["traced"]
 
-    spec = spec_from_file_location("run_platform", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+
+def test_what_another_platforms_run_shows_is_run_once_unless_named() -> None:
+    assert "interpreted_kernels" in names("cuda", False)
+    assert names("xpu", False) == ["contracts", "traced"]
+    assert names("xpu", False, checks="interpreted_kernels") == ["interpreted_kernels"]
+
+
+def place(tmp_path: Path) -> Place:
+    (tmp_path / "sixfold").symlink_to(ROOT)
+    return Place("cpu", tmp_path)
+
+
+def check(**fields: Any) -> Check:
+    return Check("one", "kernels", "device", ("cpu",), **fields)
+
+
+def test_a_stage_that_ends_its_process_is_a_failure(tmp_path: Path) -> None:
+    result = run_check.run_check(check(stage="nothing like that"), place(tmp_path))
+    assert result.state == "failed"
+    assert "KeyError" in result.reason
+
+
+def test_a_script_that_ends_badly_or_too_late_is_a_failure(tmp_path: Path) -> None:
+    here = place(tmp_path)
+    assert run_check.run_check(check(script=("ci/count_predicates.py",)), here).state == "passed"
+    ended = run_check.run_check(check(script=("ci/no_such_script.py",)), here)
+    assert ended.state == "failed"
+    assert ended.reason.startswith("status 2: ")
+    assert str(ROOT) not in ended.reason
+    late = run_check.run_check(check(script=("ci/count_predicates.py",), minutes=0), here)
+    assert (late.state, late.reason) == ("failed", "took longer than 0 minutes")
+
+
+def test_what_is_not_installed_is_skipped_with_its_name(tmp_path: Path) -> None:
+    lacking = check(script=("ci/count_predicates.py",), needs=("python3", "no_such_module"))
+    result = run_check.run_check(lacking, place(tmp_path))
+    assert (result.state, result.reason) == ("skipped", "no_such_module not installed")
+
+
+PYTEST = """
+import pytest
+
+def test_right(): pass
+
+def test_wrong(): assert 0
+
+def test_elsewhere(): pytest.skip("no such card")
+"""
+
+
+@pytest.mark.parametrize(
+    ("select", "state", "reason", "figures"),
+    [
+        ("", "failed", "1 failed: ", (1, 1, 1)),
+        ("not wrong", "passed", "", (1, 0, 1)),
+        ("elsewhere", "skipped", "no such card", (0, 0, 1)),
+        ("nothing", "failed", "no test was found", (0, 0, 0)),
+    ],
+)
+def test_tests_are_counted_and_a_run_of_none_fails(
+    tmp_path: Path, select: str, state: str, reason: str, figures: tuple[int, int, int]
+) -> None:
+    (tmp_path / "test_three.py").write_text(PYTEST)
+    answer = tmp_path / "answer.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", str(tmp_path)]
+    command += ["-p", "no:cacheprovider", "-k", select, "--junitxml", str(answer), str(tmp_path)]
+    subprocess.run(command, capture_output=True, check=False)
+    result = run_check.of_tests("device", answer.read_text(), "status 5")
+    assert result.state == state
+    assert result.reason.startswith(reason)
+    assert tuple(result.figures.values()) == figures
 
 
 @pytest.mark.parametrize("stage", ["environment", "agreement", "graphs", "operations"])
