@@ -5,6 +5,7 @@ CPU), and find a difference."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT / "ci"))
 import matrix  # noqa: E402 (after the line that finds it)
 import run_check  # noqa: E402
 import run_column  # noqa: E402
-from matrix import Check, MatrixError  # noqa: E402
+from matrix import Check  # noqa: E402
 from run_check import Place  # noqa: E402
 
 
@@ -109,10 +110,14 @@ def check(**fields: Any) -> Check:
     return Check("one", "kernels", "device", ("cpu",), **fields)
 
 
-def test_a_stage_that_ends_its_process_is_a_failure(tmp_path: Path) -> None:
-    result = run_check.run_check(check(stage="nothing like that"), place(tmp_path))
+def test_a_stage_that_ends_its_process_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ended = run_check.Ended(-11, "", "loading\nillegal memory access")
+    monkeypatch.setattr(run_check, "_python", lambda *args: ended)
+    result = run_check.run_check(check(stage="graphs"), place(tmp_path))
     assert result.state == "failed"
-    assert "KeyError" in result.reason
+    assert result.reason == "ended with status -11: loading / illegal memory access"
 
 
 def test_a_script_that_ends_badly_or_too_late_is_a_failure(tmp_path: Path) -> None:
@@ -143,27 +148,38 @@ def test_elsewhere(): pytest.skip("no such card")
 """
 
 
-@pytest.mark.parametrize(
-    ("select", "state", "reason", "figures"),
-    [
-        ("", "failed", "1 failed: ", (1, 1, 1)),
-        ("not wrong", "passed", "", (1, 0, 1)),
-        ("elsewhere", "skipped", "no such card", (0, 0, 1)),
-        ("nothing", "failed", "no test was found", (0, 0, 0)),
-    ],
-)
-def test_tests_are_counted_and_a_run_of_none_fails(
-    tmp_path: Path, select: str, state: str, reason: str, figures: tuple[int, int, int]
-) -> None:
+def test_pytests_own_report_is_read(tmp_path: Path) -> None:
     (tmp_path / "test_three.py").write_text(PYTEST)
     answer = tmp_path / "answer.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", str(tmp_path)]
-    command += ["-p", "no:cacheprovider", "-k", select, "--junitxml", str(answer), str(tmp_path)]
-    subprocess.run(command, capture_output=True, check=False)
-    result = run_check.of_tests("device", answer.read_text(), "status 5")
-    assert result.state == state
-    assert result.reason.startswith(reason)
-    assert tuple(result.figures.values()) == figures
+    command += ["-p", "no:cacheprovider", "--junitxml", str(answer), str(tmp_path)]
+    alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    subprocess.run(command, capture_output=True, check=False, env=alone)
+    result = run_check.of_tests("device", answer.read_text(), "status 1")
+    assert (result.state, result.reason) == ("failed", "1 failed: test_three::test_wrong")
+    assert result.figures == {"passed": 1, "failed": 1, "skipped": 1}
+    assert result.details["skipped"] == ["no such card"]
+
+
+RIGHT = '<testcase classname="a" name="right" time="0.5"/>'
+SKIPPED = '<testcase classname="a" name="b" time="0"><skipped message="no such card"/></testcase>'
+
+
+@pytest.mark.parametrize(
+    ("cases", "state", "reason"),
+    [
+        (RIGHT + SKIPPED, "passed", ""),
+        (SKIPPED, "skipped", "no such card"),
+        ("", "failed", "no test was found: status 5"),
+    ],
+)
+def test_a_run_of_nothing_is_no_success(cases: str, state: str, reason: str) -> None:
+    counts = f'tests="{cases.count("classname")}" skipped="{cases.count("<skipped")}"'
+    text = (
+        f'<testsuites><testsuite failures="0" errors="0" {counts}>{cases}</testsuite></testsuites>'
+    )
+    result = run_check.of_tests("device", text, "status 5")
+    assert (result.state, result.reason) == (state, reason)
 
 
 @pytest.mark.parametrize("stage", ["environment", "agreement", "graphs", "operations"])
