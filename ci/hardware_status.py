@@ -139,6 +139,8 @@ def note_cells(note: Note) -> list[str]:
 def said(figures: Mapping[str, Any]) -> str:
     parts = []
     for name, value in figures.items():
+        if value == "":
+            continue
         text = f"({said(value)})" if isinstance(value, Mapping) else f"{value}"
         parts.append(f"{name} {text}")
     return ", ".join(parts)
