@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": (".commands.generate", "Complete one prompt on standard output."),
     "bench": (".commands.bench", "Measure the speed of any OpenAI-compatible server."),
     "check": (".commands.check", "Run every kernel of a platform against its contract."),
+    "verify": (".commands.verify", "Kernels, answers and speed here, as one report to send."),
     "doctor": (".doctor", "Show what this machine can run, and what is missing for the rest."),
 }
 """Name -> (module that holds the click command of that name, its line in the help)."""

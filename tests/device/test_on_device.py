@@ -1,4 +1,4 @@
-"""Guards the whole platform on its real device: every stage of `ci/run_platform`, as tests. Without
+"""Guards the whole platform on its real device: the stages of `ci/run_platform`, as tests. Without
 the device each is skipped with the reason.
 
     pytest tests/device --platform cuda
