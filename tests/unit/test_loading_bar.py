@@ -1,5 +1,5 @@
-"""Guards what a person is told while a model loads: a bar per stage that counts the buckets captured,
-and a line per stage where nobody watches."""
+"""Guards what a person is told while a model loads: a bar per stage that counts the captured
+buckets, and a line per stage where nobody watches."""
 
 from __future__ import annotations
 
