@@ -226,6 +226,8 @@ def test_keys_and_values_in_another_dtype(llama: Path) -> None:
         assert len(complete(engine, [prompt(6), prompt(3)])[0]) == 12
     with running(llama) as (_, info):
         assert info.cache_bytes == 2 * narrow
+    with pytest.raises(ConfigError, match="verifies no drafts"):
+        mlx_executor(llama, draft="ngram").load()
     with pytest.raises(ConfigError, match="int8"), running(llama, kv_dtype="int8"):
         pass
 

@@ -250,20 +250,15 @@ class MockExecutor:
                 prompts.append(self._prompt_logprobs(b, r, logits))
             if b.want[r] & Want.SAMPLE:
                 count = int(starts[r + 1] - starts[r])
-                drafts = b.token_ids[b.query_start[r + 1] - count + 1 : b.query_start[r + 1]]
                 last = self._read(1, slots[r], news[r][-count:], states[r])
-                for place, logits in enumerate(logits_of(last, vocab)):
-                    line = starts[r] + place
-                    token = row_sampling(s, line, pending[r]).choose(logits)
-                    raw = log_softmax(logits[None])[0]
-                    best = np.argsort(-raw, kind="stable")[:width]
-                    ids[r, place], logprobs[line] = token, raw[token]
-                    top_ids[line], top_logprobs[line] = best, raw[best]
-                    accepted[r] = place + 1
-                    if place < len(drafts) and token != drafts[place]:
-                        break
-                where = int(news[r][-1]) + 2 - count + place
-                self._last[int(b.row_ids[r])] = (int(ids[r, place]), where)
+                tokens, raw = self._choose(b, r, logits_of(last, vocab), pending[r])
+                lines = slice(starts[r], starts[r] + len(tokens))
+                best = np.argsort(-raw, axis=1, kind="stable")[:, :width]
+                accepted[r], ids[r, : len(tokens)] = len(tokens), tokens
+                logprobs[lines] = raw[np.arange(len(tokens)), tokens]
+                top_ids[lines], top_logprobs[lines] = best, np.take_along_axis(raw, best, 1)
+                where = int(news[r][-1]) + 1 - count + len(tokens)
+                self._last[int(b.row_ids[r])] = (tokens[-1], where)
         asked = bool((s.logprobs >= 0).any())
         return StepResult(
             step=b.step,
@@ -276,6 +271,16 @@ class MockExecutor:
             device_seconds=0.001,
             drafts=self._drafts(b, slots),
         )
+
+    def _choose(self, b: StepBatch, r: int, logits: Any, pending: int | None) -> Any:
+        """The row's samples that count, and their log-probabilities (n, vocabulary)."""
+        end, first = int(b.query_start[r + 1]), int(b.line_start[r])
+        drafts = b.token_ids[end - len(logits) + 1 : end].tolist()
+        tokens: list[int] = []
+        while tokens == drafts[: len(tokens)] and len(tokens) < len(logits):
+            place = len(tokens)
+            tokens.append(row_sampling(b.sampling, first + place, pending).choose(logits[place]))
+        return tokens, log_softmax(logits[: len(tokens)])
 
     def _drafts(self, b: StepBatch, slots: Any) -> Any:
         """A head whose guesses are seldom right; they need places, as its keys would."""
