@@ -1,4 +1,4 @@
-"""Guards what a person is told while a model loads: a bar per stage that counts the buckets captured,
+"""Guards what a person is told while a model loads: a bar per stage that counts captured buckets,
 and a line per stage where nobody watches."""
 
 from __future__ import annotations
