@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from support.kernel_checks import cpu_facts
+from support.tiny_gguf import write_model
 from support.tiny_models import Tiny, save
 from support.tiny_packed import Form, compressed, gptq, write_packed_model
 from support.tiny_torch_model import Driver
@@ -114,4 +116,17 @@ def test_a_packed_model_gives_what_the_widened_kernel_gives(form: Form, tmp_path
     assert "int" in chosen["weights"], "kept as it is stored"
     want, widened = greedy(tmp_path, True, kernels={"linear": "widened"})
     assert widened["kernel linear"] == "widened"
+    assert got == want
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_1])
+def test_a_file_of_blocks_is_served_on_its_blocks(kind: Kind, tmp_path: Path) -> None:
+    """And gives the tokens of the matrices that they stand for."""
+    oracle = LLAMA.model()
+    state = {name: tensor.numpy() for name, tensor in oracle.state_dict().items()}
+    path = write_model(tmp_path / "m.gguf", "llama", oracle.config, state, kind)
+    got, chosen = greedy(path, True)
+    assert (chosen["weights"], chosen["kernel linear"]) == (kind.name.lower(), "triton")
+    want, other = greedy(path, False)
+    assert other["weights"] == "float32"
     assert got == want
