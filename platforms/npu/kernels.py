@@ -1,9 +1,8 @@
-"""What an Ascend NPU has beside the generic kernels: norms, the gated activation and attention of
-torch_npu. None of them has run on one yet.
+"""What an Ascend NPU has beside the generic kernels: norms, the gated activation, matrices of
+integers, experts and attention of torch_npu. None of them has run on one yet.
 
 Not used, and why: `npu_rotary_mul` takes cosines within [-1, 1], and scaled angles (YaRN) leave
-it; `npu_top_k_top_p_sample` has no penalties and draws from a generator of its own;
-`npu_quant_matmul` rounds activations to eight bits, which our int8 scheme does not.
+it; `npu_top_k_top_p_sample` has no penalties and draws from a generator of its own.
 """
 
 from __future__ import annotations
@@ -17,26 +16,23 @@ from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from ..torch_runtime.device import TorchDevice
+from . import experts, quantised
 from .attention import FusedInferAttention
-from .library import refusal
-
-PROVIDER = "torch_npu"
-LIBRARY = 30
-"""Priority of the vendor's library, above the generic kernels."""
+from .library import PACKAGE, PRIORITY, refusal
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Of no rows the documentation says nothing, so they do not reach the library."""
     if not x.numel():
         return torch.empty_like(x)
-    result: Tensor = import_module("torch_npu").npu_rms_norm(x, weight, eps)[0]
+    result: Tensor = import_module(PACKAGE).npu_rms_norm(x, weight, eps)[0]
     return result
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return torch.empty_like(x), torch.empty_like(x)
-    normed, _, total = import_module("torch_npu").npu_add_rms_norm(x, residual, weight, eps)
+    normed, _, total = import_module(PACKAGE).npu_add_rms_norm(x, residual, weight, eps)
     return normed, total
 
 
@@ -44,7 +40,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """The library takes both halves in one tensor."""
     if not gate.numel():
         return torch.empty_like(gate)
-    result: Tensor = import_module("torch_npu").npu_swiglu(torch.cat((gate, up), dim=-1), -1)
+    result: Tensor = import_module(PACKAGE).npu_swiglu(torch.cat((gate, up), dim=-1), -1)
     return result
 
 
@@ -66,9 +62,11 @@ def _requires(facts: DeviceFacts, problem: Problem) -> str | None:
 
 def register(registry: KernelRegistry, device: TorchDevice) -> None:
     for kernel in (
-        Kernel("rms_norm", PROVIDER, _norm_requires, rms_norm, LIBRARY),
-        Kernel("add_rms_norm", PROVIDER, _norm_requires, add_rms_norm, LIBRARY),
-        Kernel("silu_mul", PROVIDER, _requires, silu_mul, LIBRARY),
+        Kernel("rms_norm", PACKAGE, _norm_requires, rms_norm, PRIORITY),
+        Kernel("add_rms_norm", PACKAGE, _norm_requires, add_rms_norm, PRIORITY),
+        Kernel("silu_mul", PACKAGE, _requires, silu_mul, PRIORITY),
+        *quantised.kernels(device),
+        *experts.KERNELS,
     ):
         registry.add(kernel)
-    registry.add_attention(FusedInferAttention(device), LIBRARY)
+    registry.add_attention(FusedInferAttention(device), PRIORITY)

@@ -6,6 +6,8 @@ from ..interface import DeviceFacts
 from ..judgement import numbers
 
 PACKAGE = "torch_npu"
+PRIORITY = 30
+"""Of the library's kernels, above the generic ones."""
 OLDEST = (2, 13)
 """The release whose schemas the adapters were written against."""
 

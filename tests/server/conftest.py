@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import Launcher, Running
+from serving import Launcher, Running, install_emulated
+from tiny_babbler import write_babbler
 from toy_checkpoint import write_toy_checkpoint
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+def launcher(tmp_path_factory: pytest.TempPathFactory, platform: str) -> Iterator[Launcher]:
     launcher = Launcher(tmp_path_factory.mktemp("serving"))
+    if platform == "emulated_npu":
+        install_emulated(launcher.folder / "env")
     yield launcher
     launcher.close()
 
@@ -55,10 +58,16 @@ def script() -> str:
 
 
 @pytest.fixture(scope="session")
-def model_arguments(platform: str, toy_model: Path) -> list[str]:
-    """Model and platform for `sixfold serve`: the toy's, or the demo model anywhere else."""
+def model_arguments(
+    platform: str, toy_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """Model and platform for `sixfold serve`: the toy's, a tiny one where the device is emulated,
+    or the demo model anywhere else."""
     if platform == "toy":
         return [str(toy_model), "--platform", platform]
+    if platform == "emulated_npu":
+        tiny = write_babbler(tmp_path_factory.mktemp("models") / "tiny", max_context=1024)
+        return [str(tiny), "--platform", platform, "--threads", "1", "--cache-tokens", "16384"]
     # A short context keeps the tests at its limit quick.
     return [
         "--platform", platform, "--threads", "1", "--max-context", "1024",

@@ -137,9 +137,19 @@ def _install_faulty(folder: Path) -> None:
     source = Path(__file__).parent / "faulty_platform.py"
     (folder / source.name).write_text(source.read_text())
     (folder / "faults").mkdir(exist_ok=True)
-    info = folder / "sixfold_faulty-1.0.dist-info"
+    _declare(folder, "faulty", "faulty_platform:FaultyPlatform")
+
+
+def install_emulated(folder: Path) -> None:
+    """The npu platform over the emulator of torch_npu. Declared only where it is asked for: it
+    imports torch."""
+    source = Path(__file__).parent / "emulated_npu"
+    (folder / source.name).symlink_to(source)
+    _declare(folder, "emulated_npu", "emulated_npu.platform:PLATFORM")
+
+
+def _declare(folder: Path, name: str, platform: str) -> None:
+    info = folder / f"sixfold_{name}-1.0.dist-info"
     info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sixfold-faulty\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[sixfold.platforms]\nfaulty = faulty_platform:FaultyPlatform\n"
-    )
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sixfold-{name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[sixfold.platforms]\n{name} = {platform}\n")

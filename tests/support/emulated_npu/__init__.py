@@ -18,16 +18,28 @@ import pytest
 from .attention import npu_fused_infer_attention_score
 from .cache import npu_scatter_pa_kv_cache
 from .checks import NPUError
+from .matmul import (
+    npu_convert_weight_to_int4pack,
+    npu_dynamic_quant,
+    npu_grouped_matmul,
+    npu_quant_matmul,
+    npu_weight_quant_batchmatmul,
+)
 from .pointwise import npu_add_rms_norm, npu_rms_norm, npu_swiglu
 
 __all__ = ["OPS", "NPUError", "install", "module"]
 
 OPS = (
     npu_add_rms_norm,
+    npu_convert_weight_to_int4pack,
+    npu_dynamic_quant,
     npu_fused_infer_attention_score,
+    npu_grouped_matmul,
+    npu_quant_matmul,
     npu_rms_norm,
     npu_scatter_pa_kv_cache,
     npu_swiglu,
+    npu_weight_quant_batchmatmul,
 )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+import torch
+
 from sixfold.common.ops.registry import KernelRegistry
 from sixfold.common.ops.suite import suite_of
 from sixfold.platforms.interface import Accelerator, DeviceFacts, Machine, Probe
@@ -33,6 +35,11 @@ def facts() -> DeviceFacts:
 
 class EmulatedDevice(HostedDevice):
     """Host tensors under an NPU's facts."""
+
+    def attach(self) -> None:
+        """One thread: tiny tensors gain nothing from more, which wait for each other."""
+        torch.set_num_threads(1)
+        super().attach()
 
     def memory(self) -> tuple[int, int]:
         return FREE, FREE
