@@ -13,7 +13,7 @@ from .machine_processor import memory, processor
 from .machine_source import Source
 
 PACKAGES = ("torch", "torch_npu", "mlx", "mlx-lm", "triton", "triton-xpu", "numpy",
-    "flashinfer-python", "amd-aiter",
+    "flashinfer-python", "amd-aiter", "intel-extension-for-pytorch",
 )  # fmt: skip
 NODES = (
     "/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/dxg", "/dev/kfd",

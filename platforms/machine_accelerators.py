@@ -149,6 +149,11 @@ def _rocm_smi_names(source: Source) -> list[str]:
         return []
 
 
+# Generations by PCI device id; the tool prints "Ascend910" for the first and the third alike.
+ASCEND_GENERATIONS = {"0xd801": "910", "0xd802": "910B", "0xd803": "910C"}
+FIRST_910_BYTES = 32 * 2**30
+
+
 def huawei(source: Source) -> Iterator[Accelerator]:
     """From `npu-smi info` (two lines a chip), else the device nodes, else PCI."""
     found = re.search(r"[Vv]ersion=(\S+)", source.text("/usr/local/Ascend/driver/version.info"))
@@ -156,25 +161,33 @@ def huawei(source: Source) -> Iterator[Accelerator]:
     name, listed = "", 0
     for line in source.run(["npu-smi", "info"]).splitlines():
         first = re.match(r"\|\s*\d+\s+(\w[\w-]*)\s*\|\s*[A-Z][A-Za-z]+\s*\|", line)
-        second = re.match(r"\|\s*\d+[\s\d]*\|\s*[0-9A-Fa-fx]{4}:.*?(\d+)\s*/\s*(\d+)\s*\|$", line)
+        second = re.match(
+            r"\|\s*\d+[\s\d]*\|\s*([0-9A-Fa-fx]{4}:[\w:.]+).*?(\d+)\s*/\s*(\d+)\s*\|$", line
+        )
         if first:
             name = first[1]
         elif second and name:
             listed += 1
-            yield _ascend(name, int(second[2]) * MIB, driver)
+            folder = f"/sys/bus/pci/devices/{second[1].lower()}"
+            yield _ascend(name, int(second[3]) * MIB, driver, source.text(f"{folder}/device"))
     if not listed:
         nodes = source.glob("/dev/davinci[0-9]*")
         for _ in nodes:
-            yield _ascend("", 0, driver)
+            yield _ascend("", 0, driver, "")
         for device in [] if nodes else pci_devices(source, "0x19e5"):
             label = f"NPU {device.device} at {device.address}"
             yield Accelerator("huawei", label, driver=driver if device.driver else "")
 
 
-def _ascend(name: str, memory: int, driver: str) -> Accelerator:
-    """The tool prints "910B3" or "Ascend910" (the A3 generation); the arch word is "ascend910b"."""
+def _ascend(name: str, memory: int, driver: str, device: str) -> Accelerator:
+    """The tool prints "910B3", "910ProB" or "Ascend910"; the arch word is "ascend910b". Where the
+    bus does not tell generations apart, memory does: the first 910 had 32 GiB, a 910C has 64."""
     short = name.removeprefix("Ascend")
-    arch = re.match(r"\d+[A-Z]?", short)
+    if short == "910":
+        larger = "910C" if memory > FIRST_910_BYTES else "910"
+        short = ASCEND_GENERATIONS.get(device, larger)
+    generation = ASCEND_GENERATIONS.get(device, short)
+    arch = re.match(r"\d+(?:[A-Z](?=\d|-|$))?", generation)
     word = "ascend" + arch[0].lower() if arch else ""
     return Accelerator("huawei", f"Ascend {short}".strip(), word, memory, driver)
 

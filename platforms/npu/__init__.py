@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from ...common.errors import PlatformError
 from ..interface import (
     Accelerator,
     DeviceFacts,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ..torch_runtime.device import TorchDevice
 
 CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
+SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
 CANN_PAGE = "https://www.hiascend.com/cann"
 
 
@@ -52,13 +54,13 @@ def device_facts(device: Accelerator, machine: Machine) -> DeviceFacts:
         dtypes=frozenset({"float32", "float16", "int8"} | _bfloat16(device.arch)),
         fp8="none",
         graphs="tasks",
-        libraries={**libraries, "cann": machine.tools.get("cann", "")},
+        libraries={**libraries, "cann": machine.tools.get("cann", ""), "driver": device.driver},
     )
 
 
 def _bfloat16(arch: str) -> set[str]:
     """The first 910 and the 310 family have none."""
-    return {"bfloat16"} if re.match(r"ascend910[b-z]", arch) else set()
+    return {"bfloat16"} if re.match(r"ascend910[bc]$", arch) else set()
 
 
 def driver_lacks(machine: Machine, devices: list[Accelerator]) -> list[Lack]:
@@ -79,8 +81,7 @@ def cann_lacks(machine: Machine) -> list[Lack]:
     if "cann" not in machine.tools:
         return [Lack("CANN is not installed", f"install the CANN toolkit and kernels: {CANN_PAGE}")]
     if "cann-environment" not in machine.tools:
-        script = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
-        return [Lack("CANN's environment is not loaded in this shell", script)]
+        return [Lack("CANN's environment is not loaded in this shell", SET_ENV)]
     return []
 
 
@@ -121,8 +122,11 @@ class NPUPlatform:
         return generic_support(feature)
 
     def device(self, facts: DeviceFacts, index: int) -> TorchDevice:
-        """Imports torch_npu, which registers the device with torch."""
-        from .device import NPUDevice
+        """Imports torch_npu, which registers the device with torch. Raises PlatformError."""
+        try:
+            from .device import NPUDevice
+        except (ImportError, OSError, RuntimeError) as error:  # a missing library, another torch
+            raise PlatformError(f"torch_npu cannot be imported: {error}; {SET_ENV}.") from error
 
         return NPUDevice(facts, f"npu:{index}")
 

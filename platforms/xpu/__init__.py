@@ -22,6 +22,7 @@ from ..judgement import (
     generic_support,
     judge,
     node_lacks,
+    numbers,
     of_vendor,
     torch_found,
     torch_lacks,
@@ -37,6 +38,7 @@ ARCHITECTURES = {
     "ptl": (30, 0),
 }  # fmt: skip
 DISCRETE = frozenset({"dg2", "pvc", "bmg"})
+EXTENSION = "intel-extension-for-pytorch"
 INDEX = "--index-url https://download.pytorch.org/whl/xpu"
 SUPPORTED = "none in software: this platform needs an Intel Arc, Data Center Max or Core Ultra GPU"
 RUNTIME = (
@@ -74,6 +76,16 @@ def driver_lacks(machine: Machine, devices: list[Accelerator]) -> list[Lack]:
     return lacks
 
 
+def extension_lacks(machine: Machine) -> list[Lack]:
+    """Intel's extension ended with 2.8; imported beside a newer torch it ends the process."""
+    version = machine.packages.get(EXTENSION)
+    torch = machine.packages.get("torch", "")
+    if version is None or numbers(version)[:2] == numbers(torch)[:2]:
+        return []
+    text = f"{EXTENSION} {version} does not fit torch {torch}, which needs no extension"
+    return [Lack(text, f"pip uninstall -y {EXTENSION}")]
+
+
 class XPUPlatform:
     name = "xpu"
 
@@ -87,6 +99,7 @@ class XPUPlatform:
                 lacks = [Lack(f"torch does not support {seen[0].name}", SUPPORTED)]
             return judge(RANK_ACCELERATOR, "", found, lacks, ())
         lacks = driver_lacks(machine, devices) + torch_lacks(machine, "xpu", "xpu", INDEX)
+        lacks += extension_lacks(machine)
         facts = [device_facts(device, machine) for device in devices]
         reason = f"{devices[0].name} with torch for {machine.torch_build}; {UNVERIFIED}"
         rank = RANK_ACCELERATOR

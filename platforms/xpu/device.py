@@ -1,7 +1,12 @@
-"""An Intel GPU as a TorchDevice. Never run on one yet: what differs is only its names."""
+"""An Intel GPU as a TorchDevice. Never run on one yet: what differs is its names, and that the
+driver of an integrated GPU may not tell how much memory is free."""
 
 from __future__ import annotations
 
+import psutil
+
+from ...common.errors import PlatformError
+from ..interface import Decision, Status, Support
 from ..torch_runtime.device import TorchDevice
 
 
@@ -9,3 +14,29 @@ class XPUDevice(TorchDevice):
     @property
     def collectives(self) -> str:
         return "xccl"
+
+    def memory_query(self) -> Support:
+        """Whether the driver tells free memory, and if not what it says."""
+        try:
+            super().memory()
+        except RuntimeError as error:
+            return Support(Status.NO, f"its driver does not tell free memory: {error}")
+        return Support(Status.YES)
+
+    def memory(self) -> tuple[int, int]:
+        """Where the driver does not tell: the host's, for a GPU that has no other. Raises
+        PlatformError for one with memory of its own."""
+        answer = self.memory_query()
+        if answer.status is Status.YES:
+            return super().memory()
+        if not self.facts.unified_memory:
+            raise PlatformError(f"{self.facts.name}: {answer.reason}.")
+        host = psutil.virtual_memory()
+        return int(host.available), int(host.total)
+
+    def decisions(self) -> tuple[Decision, ...]:
+        answer = self.memory_query()
+        if answer.status is Status.YES:
+            return super().decisions()
+        told = Decision("memory", "the host's", answer.reason, fallback=True)
+        return (*super().decisions(), told)

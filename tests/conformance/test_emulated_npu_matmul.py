@@ -17,7 +17,7 @@ from support.emulated_npu.platform import PLATFORM, EmulatedDevice, facts
 
 from sixfold.common.errors import KernelError
 from sixfold.common.ops import OPS
-from sixfold.common.ops.conformance import check_op
+from sixfold.common.ops.conformance import check_op, run_suite
 from sixfold.common.ops.quantised_linear import awq_int4, int8_channel, packed_int4
 from sixfold.platforms.interface_kernels import Problem
 from sixfold.platforms.npu import experts, quantised
@@ -222,3 +222,15 @@ def no_scale_of_rows(library: Any) -> str:
 def test_a_fault_is_caught(fault: Callable[[Any], str], library: Any) -> None:
     title = fault(library)
     assert "fail" in {verdict.status for verdict in verdicts(title).values()}
+
+
+def test_the_matrix_has_no_blank() -> None:
+    """`sixfold check` under emulation: each cell passes or says why not, and each contract passes
+    by some kernel, the library's or a generic one. `paged_attention` is of Metal's kernels."""
+    matrix = run_suite(PLATFORM.conformance(None), OPS, lambda title: None)
+    assert {verdict.status for verdict in matrix} == {"pass", "unsupported"}
+    for verdict in matrix:
+        assert verdict.status == "pass" or all(verdict.refused)
+        assert verdict.executed or verdict.refused
+    passed = {verdict.op for verdict in matrix if verdict.status == "pass"}
+    assert set(OPS) - passed == {"paged_attention"}

@@ -25,6 +25,7 @@ from sixfold.platforms.cuda.kernels import register as register_cuda
 from sixfold.platforms.interface import Decision, DeviceFacts
 from sixfold.platforms.interface_attention import AttentionSpec
 from sixfold.platforms.interface_kernels import KernelTable, Problem
+from sixfold.platforms.npu.kernels import register as register_npu
 from sixfold.platforms.rocm.kernels import register as register_rocm
 from sixfold.platforms.torch_runtime.executor import RUNTIME_OPS
 from sixfold.platforms.torch_runtime.interpreted import HostedDevice
@@ -38,6 +39,7 @@ REGISTER: dict[str, Callable[..., None]] = {
     "cuda": register_cuda,
     "rocm": register_rocm,
     "xpu": register_xpu,
+    "npu": register_npu,
 }
 MODELS = {"llama": fewer(LLAMA_8B, 1), "gemma": fewer(GEMMA_3_4B, 6)}
 NO_TRITON = "triton is not installed"
@@ -68,7 +70,9 @@ class _Module:
 
 def facts_of(machine: str, libraries: dict[str, str] | None = None) -> DeviceFacts:
     found = select.probe_all(load(machine)[0])
-    name = {"nvidia": "cuda", "amd": "rocm", "intel": "xpu"}[machine.partition("_")[0]]
+    name = {"nvidia": "cuda", "amd": "rocm", "intel": "xpu", "ascend": "npu"}[
+        machine.partition("_")[0]
+    ]
     facts = found[name].devices[0]
     return replace(facts, libraries={**facts.libraries, **(libraries or {})})
 
@@ -116,6 +120,8 @@ MACHINES = (
     "amd_mi355x",
     "amd_radeon_gfx1100",
     "intel_arc_b580",
+    "intel_arc_b70",
+    "intel_max_1550",
 )
 
 
@@ -339,3 +345,44 @@ def test_facts_that_kernels_ask_for(machine: str, facts: dict[str, Any]) -> None
     known = facts_of(machine)
     assert {name: getattr(known, name) for name in facts} == facts
     assert known.libraries["torch"].startswith("2.13.0")
+
+
+# ---- npu
+
+OF_LIBRARY = ("rms_norm", "add_rms_norm", "silu_mul")
+
+
+@pytest.mark.parametrize("machine", ["ascend_910b", "ascend_910c"])
+def test_the_vendors_library_serves_both_generations_that_its_pages_name(machine: str) -> None:
+    choices = Choices(facts_of(machine))
+    assert choices.attention == "fused_infer"
+    assert choices.provider(*OF_LIBRARY) == {"torch_npu"}
+    assert choices.provider("rope", "embedding", "linear", "sample") == {"generic"}
+    packed = Choices(facts_of(machine), quantize="stored", stored=stored("int8_channel"))
+    assert packed.of("linear").chosen == "torch_npu"
+    lower = ("torch_npu_w8a8", "lower priority than torch_npu")
+    assert lower in packed.of("linear").rejected
+
+
+def test_groups_of_four_bits_are_refused_in_bfloat16_with_the_way_out() -> None:
+    with pytest.raises(KernelError, match=r"would round .*; --dtype float16 keeps them"):
+        Choices(facts_of("ascend_910b"), chosen={"linear": "torch_npu"}, quantize="stored",
+            stored=stored("packed_int4"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("machine", "libraries", "reason"),
+    [
+        ("ascend_910_first", {}, "documented for the 910B and 910C, not for Ascend 910"),
+        ("ascend_910b", {"torch_npu": ""}, "torch_npu is not installed"),
+        ("ascend_910c", {"torch_npu": "2.12.1"}, "written for torch_npu 2.13, there is 2.12.1"),
+    ],
+)
+def test_elsewhere_npu_kernels_are_generic_with_the_reason(
+    machine: str, libraries: dict[str, str], reason: str
+) -> None:
+    choices = Choices(facts_of(machine, libraries))
+    assert choices.attention == "sdpa"
+    for op in OF_LIBRARY:
+        assert choices.of(op).chosen == "generic"
+        assert reason in dict(choices.of(op).rejected)["torch_npu"]

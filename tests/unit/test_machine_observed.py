@@ -274,8 +274,30 @@ def test_npu_smi(make: Make) -> None:
     version = {"/usr/local/Ascend/driver/version.info": "Version=25.2.0\nascendhal_version=7\n"}
     assert accelerators(make(version, {"npu-smi": NPU_SMI})) == (
         Accelerator("huawei", "Ascend 910B4-1", "ascend910b", 65536 * MIB, "25.2.0"),
-        Accelerator("huawei", "Ascend 910", "ascend910", 65536 * MIB, "25.2.0"),
+        Accelerator("huawei", "Ascend 910C", "ascend910c", 65536 * MIB, "25.2.0"),
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "printed", "megabytes", "arch"),
+    [
+        ("0xd801", "Ascend910", 65536, "ascend910"),
+        ("0xd803", "Ascend910", 65536, "ascend910c"),
+        ("0xd801", "910B", 32768, "ascend910"),
+        ("", "Ascend910", 32768, "ascend910"),
+        ("", "Ascend910", 65536, "ascend910c"),
+        ("", "910ProB", 32768, "ascend910"),
+        ("", "910B3", 65536, "ascend910b"),
+        ("", "310P3", 21527, "ascend310p"),
+    ],
+)
+def test_generations_of_npus(
+    make: Make, device: str, printed: str, megabytes: int, arch: str
+) -> None:
+    """The tool prints one name for the first 910 and for the 910C."""
+    text = NPU_SMI.replace("Ascend910", printed).replace("3416 / 65536", f"3416 / {megabytes}")
+    files = {"/sys/bus/pci/devices/0000:9d:00.0/device": device} if device else {}
+    assert accelerators(make(files, {"npu-smi": text}))[1].arch == arch
 
 
 def test_npu_without_its_tool(make: Make) -> None:
