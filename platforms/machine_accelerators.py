@@ -149,7 +149,8 @@ def _rocm_smi_names(source: Source) -> list[str]:
         return []
 
 
-# Generations by PCI device id; the tool prints "Ascend910" for the first and the third alike.
+# Generations by PCI device id, from general knowledge and seen on no machine; the tool prints
+# "Ascend910" for the first and the third alike.
 ASCEND_GENERATIONS = {"0xd801": "910", "0xd802": "910B", "0xd803": "910C"}
 FIRST_910_BYTES = 32 * 2**30
 
