@@ -288,4 +288,5 @@ def _tile(tuning: Tuning, x: Tensor, choices: int, experts: int) -> Tile:
     """By shapes alone: a tile of many rows where experts have that many on average."""
     if x.dtype == torch.float32:
         return tuning.linear_float32
-    return tuning.linear if choices >= experts * tuning.linear.block_m else tuning.experts
+    many = tuning.experts_many
+    return many if choices >= experts * many.block_m else tuning.experts

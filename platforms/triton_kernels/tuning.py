@@ -34,7 +34,8 @@ class Tile:
 class Tuning:
     """One row with the device's lane width. `narrow` and `wide` are attention's: for rows with few
     queries, whose keys are cut into `splits` parts, and for blocks of queries. `linear` is of
-    quantised matrices, `linear_narrow` for no more rows than one block has."""
+    quantised matrices, `linear_narrow` for no more rows than one block has; `experts_many`
+    where experts have that many rows on average."""
 
     name: str
     lane_width: int
@@ -59,6 +60,7 @@ class Tuning:
     linear: Tile
     linear_float32: Tile
     experts: Tile
+    experts_many: Tile
     delta: Tile
     delta_chunk: Tile
     vectors: Tile
