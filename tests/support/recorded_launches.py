@@ -16,13 +16,17 @@ Launch = tuple[str, tuple[int, ...], list[Any], dict[str, Any]]
 
 
 class Recorder:
-    """Stands in for a kernel."""
+    """Stands in for a kernel. Its launch raises RuntimeError for tensors of two devices."""
 
     def __init__(self, name: str, log: list[Launch]) -> None:
         self.name, self.log = name, log
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **named: Any) -> None:
+            devices = {str(a.device) for a in args if isinstance(a, torch.Tensor)}
+            if len(devices) > 1:
+                found = " and ".join(sorted(devices))
+                raise RuntimeError(f"{self.name} gets tensors on {found}")
             seen = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
             self.log.append((self.name, grid, seen, named))
 

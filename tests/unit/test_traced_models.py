@@ -291,5 +291,5 @@ def test_a_plan_left_on_the_host_is_caught(monkeypatch: pytest.MonkeyPatch) -> N
         return bound
 
     monkeypatch.setattr(program, "bind", on_the_host)
-    with pytest.raises(RuntimeError, match="attention gets a tensor on cpu, not cuda:0"):
+    with pytest.raises(RuntimeError, match="write_kernel gets tensors on cpu and cuda:0"):
         steps(made)
