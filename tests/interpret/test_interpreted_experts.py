@@ -34,7 +34,11 @@ def judged(scheme: str, fn: Any = None, dtype: str = "float16") -> Verdict:
     return verdict
 
 
-@pytest.mark.parametrize("scheme", FORMS)
+NARROW = ("packed_int4", "fp8_block")
+WIDE = [pytest.param(form, marks=pytest.mark.wide) for form in FORMS if form not in NARROW]
+
+
+@pytest.mark.parametrize("scheme", [*NARROW, *WIDE])
 def test_every_case_of_every_form(scheme: str) -> None:
     verdict = judged(scheme)
     assert (verdict.status, verdict.refused, verdict.passed) == ("pass", {}, 5), verdict

@@ -73,7 +73,9 @@ def plain(path: Path, prompts: list[list[int]]) -> list[list[int]]:
         return complete(engine, prompts, GREEDY)
 
 
-@pytest.mark.parametrize(("tokens", "budget"), [(1, 256), (3, 13)])
+@pytest.mark.parametrize(
+    ("tokens", "budget"), [pytest.param(1, 256, marks=pytest.mark.wide), (3, 13)]
+)
 def test_guesses_are_the_heads(oracle: Oracle, tokens: int, budget: int) -> None:
     """The last prompt goes on from the pages of the first, in which the head's entries are too."""
     first = text(33, 1)

@@ -51,7 +51,7 @@ def folder(request: Any, tmp_path_factory: Any) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.wide)])
 def test_a_tower_takes_what_its_model_says(dtype: str, folder: Path) -> None:
     executor = torch_executor(folder, max_context=256, dtype=dtype)
     executor.load()
