@@ -167,7 +167,7 @@ def test_every_way_of_sampling_is_the_contracts(llama: Path) -> None:
     expected = [own_sampled(llama, p, s, 6) for p, s in zip(asked, ASKED, strict=True)]
     with running(llama) as (engine, info):
         said = {name: support.status.value for name, support in info.features.items()}
-        assert said.pop("images") == "unsupported"
+        assert (said.pop("images"), said.pop("drafts")) == ("unsupported", "unsupported")
         assert set(said.values()) == {"supported"}
         params = [msgspec.structs.replace(s, ignore_eos=True) for s in ASKED]
         assert complete(engine, asked, params) == expected

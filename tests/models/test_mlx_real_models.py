@@ -49,6 +49,7 @@ def check(path: Path, config: Any) -> None:
         np.testing.assert_array_equal(logits.argmax(-1).numpy(), ours)
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 def test_smollm2_135m() -> None:
     check(resolve_model(""), SMOLLM2)

@@ -42,6 +42,7 @@ def test_smollm2_135m() -> None:
     check(path, oracle_for(path, SMOLLM2), [chat, PROMPTS[1], PROMPTS[3]])
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 def test_gemma3_270m(gemma3_270m: Path) -> None:
     check(gemma3_270m, oracle_for(gemma3_270m, GEMMA3), [PROMPTS[0], LONG])
