@@ -156,7 +156,7 @@ def _few(found: dict[str, Any]) -> dict[str, Any]:
 def _verify(check: Check, place: Place) -> Result:
     with _file(".json") as answer:
         command = ["-m", "sixfold", "verify", "--platform", place.platform]
-        ended = _python([*command, "--only", check.verify, "--out", str(answer)], check, place)
+        ended = _python([*command, "--workloads", check.verify, "--out", str(answer)], check, place)
         try:
             return next(iter(read(answer).results.values()))
         except (ConfigError, StopIteration):

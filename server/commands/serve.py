@@ -62,8 +62,7 @@ def _engine_options(command: Any) -> Any:
             callback=_bits,
             help="Matrices as int8 (8bit), int4 (4bit), fp8, or none; else as stored.",
         ),
-        click.option("--draft", help="Guess tokens and verify them: mtp (model's head) or ngram."),
-        click.option("--draft-tokens", type=int, default=3, help="Most guesses of a row a step."),
+        click.option("--draft", help="Guess tokens: mtp or ngram, or ngram:5 for 5 in a step."),
         click.option("--graphs", help="Capture steps and replay them: on or off."),
         click.option("--kv-dtype", help="Keys and values: float32, bfloat16, float16 or int8."),
         click.option(
@@ -107,8 +106,11 @@ def _engine_options(command: Any) -> Any:
 )
 def serve(model: str, **flags: Any) -> None:
     """Serve MODEL: a directory, a .gguf file or a hub id; the bundled demo model if not given."""
+    draft, draft_tokens = _draft(flags["draft"])
     config = EngineConfig(
         model=model,
+        draft=draft,
+        draft_tokens=draft_tokens,
         kernels=_kernels(flags["kernel"]),
         prefix_cache=not flags["no_prefix_cache"],
         overlap=not flags["no_overlap"],
@@ -118,7 +120,7 @@ def serve(model: str, **flags: Any) -> None:
             for name in (
                 "platform dtype device_index max_context page_size cache_tokens memory_fraction "
                 "max_rows max_step_tokens max_queue eviction threads quantize kv_dtype graphs "
-                "draft draft_tokens strict"
+                "strict"
             ).split()
         },
     )
@@ -126,6 +128,14 @@ def serve(model: str, **flags: Any) -> None:
         _explain(config)
         return
     _serve(config, flags)
+
+
+def _draft(text: str | None) -> tuple[str | None, int]:
+    """NAME or NAME:TOKENS -> who guesses, and how many tokens in a step at most."""
+    name, colon, count = (text or "").partition(":")
+    if colon and not count.isdecimal():
+        raise ConfigError(f"--draft {text}: behind the colon stands a number, as in ngram:5.")
+    return name or None, int(count) if colon else EngineConfig().draft_tokens
 
 
 def _explain(config: EngineConfig) -> None:

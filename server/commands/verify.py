@@ -24,7 +24,9 @@ LINE = "{name:9} {state:8} {seconds:6.1f} s   {said}"
 @click.argument("model", default="")
 @click.option("--platform", help="Hardware to verify; the best usable one if not given.")
 @click.option("--dtype", help="Weights and activations: float32, bfloat16 or float16.")
-@click.option("--only", default="", help="Some parts, with commas: kernels, answers, speed.")
+@click.option(
+    "--workloads", "only", default="", help="Some parts, with commas: kernels, answers, speed."
+)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The report's file.")
 def verify(
     model: str, platform: str | None, dtype: str | None, only: str, out: Path | None
@@ -65,7 +67,7 @@ def chosen_parts(only: str) -> list[str]:
     parts = [name.strip() for name in only.split(",") if name.strip()]
     if unknown := [name for name in parts if name not in verification.PARTS]:
         listed = ", ".join(verification.PARTS)
-        raise ConfigError(f"--only: no part {', '.join(unknown)}; there are {listed}.")
+        raise ConfigError(f"--workloads: no part {', '.join(unknown)}; there are {listed}.")
     return parts or list(verification.PARTS)
 
 

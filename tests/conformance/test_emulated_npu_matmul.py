@@ -226,11 +226,13 @@ def test_a_fault_is_caught(fault: Callable[[Any], str], library: Any) -> None:
 
 def test_the_matrix_has_no_blank() -> None:
     """`sixfold check` under emulation: each cell passes or says why not, and each contract passes
-    by some kernel, the library's or a generic one. `paged_attention` is of Metal's kernels."""
+    by some kernel, the library's or a generic one. `paged_attention` is of Metal's kernels;
+    GGUF's blocks and quantised experts are converted at load here."""
     matrix = run_suite(PLATFORM.conformance(None), OPS, lambda title: None)
     assert {verdict.status for verdict in matrix} == {"pass", "unsupported"}
     for verdict in matrix:
         assert verdict.status == "pass" or all(verdict.refused)
         assert verdict.executed or verdict.refused
     passed = {verdict.op for verdict in matrix if verdict.status == "pass"}
-    assert set(OPS) - passed == {"paged_attention"}
+    converted = {op for op in OPS if op.startswith(("linear/q", "moe_experts/"))}
+    assert set(OPS) - passed - converted == {"paged_attention"}

@@ -17,7 +17,8 @@ from sixfold.platforms.mlx.metal.register import NEEDS_METAL
 from sixfold.platforms.mlx.pools import LayerPages, LayerStates, MLXPages
 
 SUITE = PLATFORM.conformance(mlx_facts())
-REFUSED = {("metal", NEEDS_METAL), ("mlx", "has no fp8_block weights")}
+NOT_KEPT = ("fp8_block", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0")
+REFUSED = {("metal", NEEDS_METAL), *(("mlx", f"has no {form} weights") for form in NOT_KEPT)}
 
 
 def test_what_the_executor_calls_is_under_test() -> None:

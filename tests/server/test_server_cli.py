@@ -87,6 +87,8 @@ def test_version(launcher: Launcher) -> None:
         (["serve", "--port", "high"], 2, "--port"),
         (["serve", "--dtype", "int3"], 2, "dtype must be float32"),
         (["serve", "--draft", "magic"], 2, "draft must be mtp or ngram"),
+        (["serve", "--draft", "ngram:x"], 2, "behind the colon stands a number"),
+        (["serve", "--draft", "ngram:0"], 2, "draft_tokens must be at least 1"),
         (["serve", "TOY", "--platform", "toy", "--draft", "ngram"], 1, "--draft ngram cannot be"),
         (["serve", "--max-rows", "0"], 2, "max_rows must be at least 1"),
         (["serve", "--kernel", "rope"], 2, "op=provider"),

@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(draft: str) -> list[str]:
     sizes = [part for k, v in SIZES.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-    return ["--platform", "cpu", "--draft", draft, "--draft-tokens", "4", *sizes]
+    return ["--platform", "cpu", "--draft", f"{draft}:4", *sizes]
 
 
 def test_a_client_sees_no_difference(

@@ -167,7 +167,7 @@ def test_a_failure_is_the_commands_exit_status(invoked: Any, tmp_path: Path) -> 
 
 
 def test_an_unknown_part_and_an_absent_platform_are_refused(invoked: Any) -> None:
-    unknown = invoked("--only", "kernels,speeed").exception
+    unknown = invoked("--workloads", "kernels,speeed").exception
     assert isinstance(unknown, ConfigError)
     assert "no part speeed; there are kernels, answers, speed" in str(unknown)
     absent = CliRunner().invoke(command.verify, ["--platform", "abacus"]).exception
@@ -179,7 +179,7 @@ def test_the_demo_models_right_answers_are_those_of_float32(tmp_path: Path) -> N
     out = tmp_path / "report.json"
     done = subprocess.run(
         [sys.executable, "-m", "sixfold", "verify", "--platform", "cpu", "--dtype", "float32",
-         "--only", "answers", "--out", str(out)],
+         "--workloads", "answers", "--out", str(out)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
