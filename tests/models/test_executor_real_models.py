@@ -71,6 +71,7 @@ def check(path: Path, config: Any, texts: list[str], chunk: int) -> None:
         np.testing.assert_array_equal(logits.argmax(-1).numpy(), ours, err_msg=text)
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 def test_smollm2_135m() -> None:
     texts = [PROMPTS[0], PROMPTS[1], PROMPTS[3], LONG[:900]]
