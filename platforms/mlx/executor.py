@@ -45,10 +45,7 @@ NO_DRAFTS = Support(
 )
 KINDS = frozenset({KVKind.FULL, KVKind.WINDOW, KVKind.RECURRENT})
 CACHE_SHARE = 4
-NOT_COMPILED = (
-    "--graphs on compiles decode steps; on a CPU that gains nothing, on an Apple GPU nobody has "
-    "measured it"
-)
+NOT_COMPILED = "--graphs on compiles decode steps; what that gains on an Apple GPU is not measured"
 
 
 class MLXExecutor:
