@@ -12,6 +12,8 @@ import signal
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
+from .import_heap import uncollected
+
 if TYPE_CHECKING:  # importing these takes longer than starting the process
     from ..common.config import EngineConfig
     from .launch import Located
@@ -58,12 +60,13 @@ def _prepare(pipe: Connection, config: EngineConfig, log_level: str) -> None:
     # Signals are the parent's to handle: it drains, then ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    from .engine_process import run
-    from .launch import warm_up
+    with uncollected():
+        from .engine_process import run
+        from .launch import warm_up
 
-    warm_up(config)
+        found = warm_up(config)
     try:
         endpoint, located = pipe.recv()
     except EOFError:
         return
-    run(endpoint, config, located, log_level)
+    run(endpoint, config, located, log_level, found)

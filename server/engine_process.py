@@ -17,7 +17,7 @@ from ..common import messages as m
 from ..common.config import EngineConfig
 from ..common.engine import Engine
 from ..common.errors import RequestError, SixfoldError
-from .launch import Located, build
+from .launch import Located, Probes, build
 
 log = logging.getLogger("sixfold.engine")
 
@@ -25,7 +25,13 @@ STATS_SECONDS = 1.0
 LINGER_MS = 2000
 
 
-def run(endpoint: str, config: EngineConfig, located: Located, log_level: str) -> None:
+def run(
+    endpoint: str,
+    config: EngineConfig,
+    located: Located,
+    log_level: str,
+    found: Probes | None = None,
+) -> None:
     """Entry point of the process. Signals are the parent's to handle: it drains, then ends us."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -38,7 +44,7 @@ def run(endpoint: str, config: EngineConfig, located: Located, log_level: str) -
     socket.connect(endpoint)
     failed = True
     try:
-        _serve(socket, config, located)
+        _serve(socket, config, located, found)
         failed = False
     except SixfoldError as error:
         socket.send(m.encode(m.Failed(message=str(error))))
@@ -66,7 +72,9 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _serve(socket: zmq.Socket[bytes], config: EngineConfig, located: Located) -> None:
+def _serve(
+    socket: zmq.Socket[bytes], config: EngineConfig, located: Located, found: Probes | None
+) -> None:
     last = 0.0
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -76,7 +84,7 @@ def _serve(socket: zmq.Socket[bytes], config: EngineConfig, located: Located) ->
             last = now
             socket.send(m.encode(m.Loading(stage=stage, done=done, total=total)))
 
-    launched = build(config, located, progress)
+    launched = build(config, located, progress, found)
     try:
         socket.send(m.encode(launched.ready))
         EngineLoop(launched.engine, socket).run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -14,7 +14,14 @@ from ..common.decisions import DecisionLog, to_record
 from ..common.engine import Engine
 from ..common.errors import ConfigError, KernelError
 from ..common.messages import Ready
-from ..platforms.interface import Decision, DeviceFacts, EngineSpec, ExecutorInfo, LoadProgress
+from ..platforms.interface import (
+    Decision,
+    DeviceFacts,
+    EngineSpec,
+    ExecutorInfo,
+    LoadProgress,
+    Probe,
+)
 
 log = logging.getLogger("sixfold.engine")
 
@@ -57,8 +64,13 @@ def served_name(model: str, checkpoint: Checkpoint) -> str:
     return model if from_hub else checkpoint.name
 
 
-def warm_up(config: EngineConfig) -> None:
-    """Import what `build` will import. Whatever is wrong is for `build` to report."""
+Probes = Mapping[str, Probe]
+"""Every platform's judgement of this machine, by name."""
+
+
+def warm_up(config: EngineConfig) -> Probes | None:
+    """Import what `build` will import; the probes for it. None when something is wrong, which is
+    for `build` to report."""
     from ..platforms import machine, select
 
     try:
@@ -69,16 +81,25 @@ def warm_up(config: EngineConfig) -> None:
         select.platforms()[choice.chosen].executor(_spec(config, Path()), facts).close()
     except Exception as error:
         log.debug("the platform cannot be prepared: %s", error)
+        return None
+    return found
 
 
-def build(config: EngineConfig, located: Located, progress: Progress = quiet) -> Launched:
-    """Choose the platform, load the model, make the engine. Raises SixfoldError."""
+def build(
+    config: EngineConfig,
+    located: Located,
+    progress: Progress = quiet,
+    found: Probes | None = None,
+) -> Launched:
+    """Choose the platform, load the model, make the engine; `found` by an earlier probe of this
+    process saves another. Raises SixfoldError."""
     from ..platforms import machine, select
 
     log = DecisionLog()
     log.add("model", located.path, located.because)
     checkpoint = open_checkpoint(located.path)
-    found = select.probe_all(machine.observe())
+    if found is None:
+        found = select.probe_all(machine.observe())
     choice = select.choose(found, config.platform)
     log.extend([choice])
     facts = _device(choice.chosen, found[choice.chosen].devices, config.device_index)

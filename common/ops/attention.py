@@ -78,9 +78,9 @@ def attention(
 
 def flat_slots(page_table: I32, query_start: I32, context_lens: I32, page_size: int) -> I64:
     """(T,) slot (page * page_size + offset) of every new token of a step."""
-    lengths = np.diff(query_start)
-    row_of_token = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.arange(len(row_of_token)) + np.repeat(context_lens - query_start[:-1], lengths)
+    lengths = query_start[1:] - query_start[:-1]
+    row_of_token = np.arange(len(lengths)).repeat(lengths)
+    positions = np.arange(len(row_of_token)) + (context_lens - query_start[:-1]).repeat(lengths)
     pages = page_table[row_of_token, positions // page_size].astype(np.int64)
     return np.asarray(pages * page_size + positions % page_size, np.int64)
 

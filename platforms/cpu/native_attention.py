@@ -57,6 +57,11 @@ class NativePlan:
     merges: I32  # (n, 3): token, first part, last part
 
 
+def _address(array: NDArray[Any]) -> int:
+    """As `array.ctypes.data`, which makes objects on the way and counts in a step of one row."""
+    return int(array.__array_interface__["data"][0])
+
+
 class GroupPlan:
     """The struct of one group at its fixed address, and what it points at."""
 
@@ -81,8 +86,8 @@ class GroupPlan:
         struct.pieces, struct.splits = len(plan.work), plan.splits
         struct.merge_count = len(plan.merges)
         for name, array in arrays.items():
-            setattr(struct, name, array.ctypes.data)
-        struct.partials = self._partials.ctypes.data
+            setattr(struct, name, _address(array))
+        struct.partials = _address(self._partials)
         self._held = tuple(arrays.values())
 
 
@@ -190,7 +195,7 @@ def _blocks(batch: StepBatch, new: NDArray[np.integer]) -> Iterator[tuple[int, i
 def plan_step(batch: StepBatch, group: KVGroup) -> NativePlan:
     table = batch.page_tables[group.name]
     slots = flat_slots(table, batch.query_start, batch.context_lens, group.page_size)
-    new = np.diff(batch.query_start)
+    new = batch.query_start[1:] - batch.query_start[:-1]
     parts: list[tuple[int, ...]] = []
     whole: list[tuple[int, ...]] = []
     merges = []

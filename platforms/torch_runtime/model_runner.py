@@ -180,10 +180,12 @@ class ModelRunner:
         return result
 
     def _prompt_logprobs(self, batch: StepBatch, hidden: Tensor) -> tuple[PromptLogprobs, ...]:
-        rows = np.flatnonzero(batch.want & Want.PROMPT_LOGPROBS)
-        if not len(rows) or batch.prompt_targets is None:
-            return ()
         targets = batch.prompt_targets
+        if targets is None:
+            return ()
+        rows = np.flatnonzero(batch.want & Want.PROMPT_LOGPROBS)
+        if not len(rows):
+            return ()
         spans = [np.arange(batch.query_start[r], batch.query_start[r + 1]) for r in rows]
         wanted = [span[targets[span] >= 0] for span in spans]
         lines = batch.line_start[rows]
@@ -222,8 +224,8 @@ class ModelRunner:
 def rotary_positions(batch: StepBatch) -> I64:
     """(T,) int64; (3, T) where the axes differ, which is in steps with images' rows alone."""
     if batch.rotary is None:
-        lengths = np.diff(batch.query_start)
-        shift = np.repeat(batch.context_lens - batch.query_start[:-1], lengths)
+        start = batch.query_start
+        shift = (batch.context_lens - start[:-1]).repeat(start[1:] - start[:-1])
         return (np.arange(len(shift)) + shift).astype(np.int64)
     rotary = batch.rotary.astype(np.int64)
     return rotary[0] if (rotary == rotary[0]).all() else rotary

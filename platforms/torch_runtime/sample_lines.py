@@ -13,6 +13,8 @@ from ..interface_step import StepBatch, Want
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 
+_SAMPLE = int(Want.SAMPLE)  # numpy is slow with flags of an enumeration
+
 
 def spans(first: NDArray[np.integer], counts: NDArray[np.integer]) -> I64:
     """`counts[i]` numbers from `first[i]` on, for each i, one after the other."""
@@ -32,7 +34,10 @@ class SampleLines:
 
     @classmethod
     def of(cls, batch: StepBatch) -> SampleLines:
-        rows = np.flatnonzero(batch.want & Want.SAMPLE)
+        rows = (batch.want & _SAMPLE).nonzero()[0]
+        if batch.draft_counts is None:  # most steps: one line a row, with few calls
+            last = batch.query_start[rows + 1].astype(np.int64) - 1
+            return cls(rows, np.ones(len(rows), np.int64), rows, rows, last)
         start = batch.line_start.astype(np.int64)
         counts = (start[1:] - start[:-1])[rows]
         ends = batch.query_start[rows + 1].astype(np.int64)
@@ -42,6 +47,12 @@ class SampleLines:
     def results(self, batch: StepBatch, sampled: NDArray[np.integer]) -> tuple[I32, I32, I64]:
         """sampled (L,) -> `token_ids` and `accepted` of StepResult, and of each of `rows` the line,
         counted here, that it goes on from."""
+        if batch.draft_counts is None:
+            tokens = np.full((batch.rows, 1), -1, np.int32)
+            accepted = np.zeros(batch.rows, np.int32)
+            tokens[self.rows, 0] = sampled
+            accepted[self.rows] = sampled >= 0
+            return tokens, accepted, np.arange(len(self.rows))
         width = int(self.counts.max(initial=1))
         tokens = np.full((batch.rows, width), -1, np.int32)
         accepted = np.zeros(batch.rows, np.int32)

@@ -34,17 +34,19 @@ def sample(
     tokens first.
     """
     adjusting = len(sampling.bias_ids) or grammar_mask is not None or len(_penalised(sampling))
-    x = logits
+    drawing = np.flatnonzero(sampling.temperature > 0)
+    x, clean = logits, False
     if shortlist and not adjusting:
-        best, tokens = _best_on_host(x)
-    if adjusting or not shortlist or not bool(torch.isfinite(best).all()):
+        best, tokens, clean = _best_on_host(x)
+    if not clean:
         x = torch.nan_to_num(logits, nan=-torch.inf, posinf=1e30, neginf=-torch.inf)
         _add_bias(x, sampling)
         _penalise(x, sampling, pending)
         if grammar_mask is not None:
             x.masked_fill_(~unpack_mask(grammar_mask, x.shape[1]), -torch.inf)
         best, tokens = x.max(dim=-1)
-    drawing = np.flatnonzero(sampling.temperature > 0)
+    elif not len(drawing):
+        return tokens
     if len(drawing) == len(x):
         tokens = _draw(x, best, sampling, drawing, wide, shortlist)
     elif len(drawing):
@@ -54,11 +56,14 @@ def sample(
     return torch.where(best == -torch.inf, -1, tokens)
 
 
-def _best_on_host(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (R, V) on the host -> the largest value of each row, the first of NaN if there is any, and
-    its first place. numpy's search is an order of magnitude faster than torch's `max` there."""
-    tokens = torch.from_numpy(np.asarray(x.numpy().argmax(axis=-1)))
-    return x.gather(1, tokens.unsqueeze(1)).squeeze(1), tokens
+def _best_on_host(x: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """x (R, V) on the host -> the largest value of each row, the first of NaN if there is any; its
+    first place; whether all are finite. numpy's search is an order of magnitude faster than torch's
+    `max` there."""
+    values = x.numpy()
+    tokens = np.asarray(values.argmax(axis=-1))
+    best = values[np.arange(len(values)), tokens]
+    return torch.from_numpy(best), torch.from_numpy(tokens), bool(np.isfinite(best).all())
 
 
 def unpack_mask(words: Tensor, vocab: int) -> Tensor:

@@ -163,9 +163,12 @@ def _serve(config: EngineConfig, flags: dict[str, Any]) -> None:
 def _serve_with(early: EarlyEngine, config: EngineConfig, flags: dict[str, Any]) -> int:
     import logging
 
-    from ..listener import bind
-    from ..run import ServeOptions, serve
-    from ..service import HttpOptions
+    from ..import_heap import uncollected
+
+    with uncollected():
+        from ..listener import bind
+        from ..run import ServeOptions, serve
+        from ..service import HttpOptions
 
     level = flags["log_level"]
     logging.basicConfig(level=level.upper(), format="%(levelname)s %(name)s: %(message)s")

@@ -3,6 +3,7 @@
 
 constexpr int kPanel = 16;
 constexpr int kParts = kPanel / W;  // vectors per panel
+constexpr int kAhead = 1024;        // bytes of a prefetch; 512 to 8192 measure alike
 constexpr int kGroup = 32;          // k that share an activation scale and a weight scale
 
 SIXFOLD_INLINE int64_t groups_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
@@ -91,6 +92,9 @@ static void quantised_tile(const Weight& w, int panel, const int8_t* x, float* o
         for (int p = 0; p < P; ++p)
           products[m][p] = kStarts ? splat_int(of_row(start, m * row)[s]) : ni{};
       const uint8_t* here = data + s * kStepBytes + part * W * 4;
+      // Few rows read each byte once: past the caches, which hold what the host runs between steps.
+      if constexpr (M <= 3)
+        for (int i = 0; i < kStepBytes; i += 64) __builtin_prefetch(here + kAhead + i, 0, 0);
       if constexpr (F == kQ4) products_of_nibbles<M, P, kStepK>(here, x + s * kStepK, row, products);
       else products_of_bytes<M, P, kStepK>(here, x + s * kStepK, row, products);
       for (int p = 0; p < P; ++p) {
