@@ -114,18 +114,23 @@ class Model(nn.Module):
 
     def images(self) -> ImageInput | None:
         """How the model takes images; None: it reads text only. One that takes images has its
-        vision tower as the module `vision` and implements `image_rows`; its `forward` takes
-        `images=ImageRows` (models/vision.py) and then positions (3, T) too."""
+        vision tower as the module `vision`; its `forward` takes `images=ImageRows`
+        (models/vision.py) and then positions (3, T) too."""
         return None
 
     def image_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """patches (N, patch_values) float32 of all images, one after the other -> the rows
         (tokens of all images, hidden) that take the place of embeddings."""
-        raise NotImplementedError(f"{type(self).__name__} reads text only.")
+        tower = getattr(self, "vision", None)
+        if tower is None:
+            raise NotImplementedError(f"{type(self).__name__} reads text only.")
+        rows: Tensor = tower(patches, grids)
+        return rows
 
     def image_memory(self, patches: int) -> int:
         """Bytes that `image_rows` has at once for so many patches, at most, beside the weights."""
-        return 0
+        tower = getattr(self, "vision", None)
+        return 0 if tower is None else int(tower.memory(patches))
 
     def placement(self, name: str) -> Placement | None:
         """The place of the checkpoint tensor `name` (canonical: "model.layers.0…", "lm_head…").

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checkpoint.fields import Fields
-from ..common.images.patches import Grid
 from ..platforms.interface import ImageInput
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
@@ -285,15 +284,6 @@ class Qwen35Model(TrunkModel):
         if self.vision is None:
             return None
         return ImageInput(self.image_token, self.vision.merge, self.vision.patch_values)
-
-    def image_memory(self, patches: int) -> int:
-        return 0 if self.vision is None else self.vision.memory(patches)
-
-    def image_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        if self.vision is None:
-            return super().image_rows(patches, grids)
-        rows: Tensor = self.vision(patches, grids)
-        return rows
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, step: Step, images: ImageRows | None = None

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from ..common.checkpoint.fields import Fields
-from ..common.images.patches import Grid
 from ..platforms.interface import ImageInput
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
@@ -142,15 +141,6 @@ class Step3p7Model(TrunkModel):
         if self.vision is None:
             return None
         return ImageInput(self.image_token, MERGE, self.vision.patch_values, sequential=True)
-
-    def image_memory(self, patches: int) -> int:
-        return 0 if self.vision is None else self.vision.memory(patches)
-
-    def image_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        if self.vision is None:
-            return super().image_rows(patches, grids)
-        rows: Tensor = self.vision(patches, grids)
-        return rows
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, step: Step, images: ImageRows | None = None
