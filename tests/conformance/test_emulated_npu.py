@@ -266,9 +266,3 @@ def test_devices_and_releases_it_was_not_written_for(changes: Any, reason: str) 
         AttentionSpec(8, 2, 128, 1.0, dtype="float16"), replace(facts(), **changes)
     )
     assert reason in found[0]
-
-
-def test_steps_are_not_captured_and_the_reason_is_said() -> None:
-    backend = FusedInferAttention(EmulatedDevice(facts()))
-    with pytest.raises(KernelError, match="lengths from the host"):
-        backend.reserve(KVGroup("g", KVKind.FULL, 128, 8), 8, 8, 100)
