@@ -110,12 +110,19 @@ class Runtime:
                 self.recorded = False
 
         return SimpleNamespace(
-            ExternalEvent=ExternalEvent, NPUGraph=lambda: NPUGraph(self),
-            Stream=lambda: Stream(self), current_stream=lambda: self.current, graph=self.graph, graph_pool_handle=object,
-            graph_task_group_begin=self.group_begin, graph_task_group_end=self.group_end,
-            graph_task_update_begin=self.update_begin, graph_task_update_end=self.update_end,
-            is_current_stream_capturing=lambda: self.capturing is not None, stream=self.on,
-        )  # fmt: skip
+            ExternalEvent=ExternalEvent,
+            NPUGraph=lambda: NPUGraph(self),
+            Stream=lambda: Stream(self),
+            current_stream=lambda: self.current,
+            graph=self.graph,
+            graph_pool_handle=object,
+            graph_task_group_begin=self.group_begin,
+            graph_task_group_end=self.group_end,
+            graph_task_update_begin=self.update_begin,
+            graph_task_update_end=self.update_end,
+            is_current_stream_capturing=lambda: self.capturing is not None,
+            stream=self.on,
+        )
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
