@@ -31,7 +31,7 @@ from .matmul import (
     npu_quant_matmul,
     npu_weight_quant_batchmatmul,
 )
-from .pointwise import npu_add_rms_norm, npu_rms_norm, npu_swiglu
+from .pointwise import npu_add_rms_norm, npu_rms_norm, npu_rotary_mul, npu_swiglu
 
 __all__ = ["OPS", "NPUError", "install", "module"]
 
@@ -43,6 +43,7 @@ OPS = (
     npu_grouped_matmul,
     npu_quant_matmul,
     npu_rms_norm,
+    npu_rotary_mul,
     npu_scatter_pa_kv_cache,
     npu_swiglu,
     npu_weight_quant_batchmatmul,
