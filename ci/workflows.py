@@ -1,4 +1,5 @@
-"""The workflows of .github/workflows, from the matrix: one file a platform, one job a machine.
+"""The workflows of .github/workflows, from the matrix: one file a platform, one job a machine; and
+`.github/actionlint.yaml`, which tells actionlint the labels of machines of one's own.
 
     python ci/workflows.py --write     make them, and remove any other
     python ci/workflows.py --check     fail when one is different, missing or too many
@@ -18,10 +19,12 @@ import matrix
 from matrix import ROOT, Job, Matrix, Row
 
 FOLDER = ROOT / ".github" / "workflows"
+LABELS = "actionlint.yaml"
+COMMON_LABELS = frozenset({"self-hosted", "linux"})
 LONGEST = 350
 """Minutes: a hosted job ends after 360."""
-HEAD = """# Made by `python ci/workflows.py --write` from ci/matrix.toml; do not edit.
-name: {platform}
+MADE = "# Made by `python ci/workflows.py --write` from ci/matrix.toml; do not edit.\n"
+HEAD = """{made}name: {platform}
 on: [push, pull_request, workflow_dispatch]
 permissions:
   contents: read
@@ -66,7 +69,7 @@ def workflows(of: Matrix) -> dict[str, str]:
 def workflow(of: Matrix, platform: str) -> str:
     rows = [row for row in of.rows if row.platform == platform]
     jobs = [job_text(of, row, job) for row in rows for job in row.jobs]
-    return HEAD.format(platform=platform) + "".join(jobs)
+    return HEAD.format(made=MADE, platform=platform) + "".join(jobs)
 
 
 def job_text(of: Matrix, row: Row, job: Job) -> str:
@@ -131,24 +134,45 @@ def step(name: str, command: str) -> str:
     return f"      - name: {name}\n        run: {command}\n"
 
 
+def own_labels(of: Matrix) -> list[str]:
+    """Labels that GitHub does not know, of machines that are not its own."""
+    own = [set(job.runs_on) for row in of.rows for job in row.jobs if not job.hosted]
+    return sorted(set().union(*own) - COMMON_LABELS)
+
+
+def labels_file(of: Matrix) -> str:
+    lines = "".join(f"    - {label}\n" for label in own_labels(of))
+    return f"{MADE}self-hosted-runner:\n  labels:\n{lines}"
+
+
+def texts(of: Matrix, folder: Path) -> dict[Path, str]:
+    """All that is made, by path. `folder` holds the workflows."""
+    made = {folder / name: text for name, text in workflows(of).items()}
+    return {**made, folder.parent / LABELS: labels_file(of)}
+
+
 def differences(of: Matrix, folder: Path = FOLDER) -> list[str]:
-    wanted = workflows(of)
-    there = {path.name: path.read_text("utf-8") for path in folder.glob("*.y*ml")}
-    found = [f"{name} is missing" for name in sorted(wanted.keys() - there.keys())]
+    wanted = texts(of, folder)
+    found = [f"{path.name} is missing" for path in sorted(wanted) if not path.exists()]
     found += [
-        f"{name} is not made from the matrix" for name in sorted(there.keys() - wanted.keys())
+        f"{path.name} is not made from the matrix"
+        for path in sorted(folder.glob("*.y*ml"))
+        if path not in wanted
     ]
-    changed = [name for name in wanted if name in there and there[name] != wanted[name]]
-    return found + [f"{name} is not what the matrix makes" for name in changed]
+    return found + [
+        f"{path.name} is not what the matrix makes"
+        for path, text in wanted.items()
+        if path.exists() and path.read_text("utf-8") != text
+    ]
 
 
 def write(of: Matrix, folder: Path = FOLDER) -> None:
-    wanted = workflows(of)
+    wanted = texts(of, folder)
     for path in folder.glob("*.y*ml"):
-        if path.name not in wanted:
+        if path not in wanted:
             path.unlink()
-    for name, text in wanted.items():
-        (folder / name).write_text(text, "utf-8")
+    for path, text in wanted.items():
+        path.write_text(text, "utf-8")
 
 
 def main() -> int:

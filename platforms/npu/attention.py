@@ -5,6 +5,9 @@ on a device.
 The op has a branch for single queries, which takes all rows that decode in one call, and one for
 many, which takes each other row in a call of its own: a padded batch would compute the padding.
 The layout TND, which needs no padding, is documented with pages for latent attention only.
+
+Lengths come from the host. In a captured step they are those of the plan that was bound last, for
+each call is then a task of `graphs.launch`.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ from ..interface_attention import AttentionSpec
 from ..interface_kv import KVGroup, KVLayout
 from ..interface_step import StepBatch
 from ..torch_runtime.device import TorchDevice
-from ..torch_runtime.paged_rows import PagedRows, plan_rows
+from ..torch_runtime.paged_rows import PagedRows, plan_rows, table_width
 from ..torch_runtime.pools import TorchKVPool
-from .library import refusal
+from .graphs import Arguments, check_room, launch, unique_slots
+from .library import PACKAGE, refusal
 
 PAGES = (128, 256, 384, 512)
 """Tokens of a page that both branches of the op take."""
@@ -43,8 +47,9 @@ class Part:
     tokens: Tensor | slice  # which of the step's
     table: Tensor  # (B, P) int32 blocks of keys
     queries: int  # of each row
-    keys: list[int]  # the op takes lengths from the host
+    keys: list[int]  # the op takes lengths from the host; changed in place where reserved
     hidden: Tensor | None  # (B, P * page size) bool, of single queries in a window
+    reserved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +94,44 @@ class FusedInferAttention:
     def plan(self, batch: StepBatch, group: KVGroup) -> PagedRows:
         return plan_rows(batch, group)
 
-    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int) -> Any:
-        """Raises KernelError."""
-        raise KernelError("attention kernel fused_infer takes lengths from the host at each call")
+    def reserve(self, group: KVGroup, rows: int, tokens: int, longest: int) -> Bound:
+        """Room for decode steps. Raises KernelError."""
+        if rows != tokens:
+            raise KernelError("attention kernel fused_infer captures steps of one token a row")
+        check_room(rows, group.page_size, group.pages)
+        width, empty = table_width(group, longest), self._device.empty
+        table = empty((rows, width), torch.int32).zero_()
+        hidden = None
+        if group.window:
+            hidden = empty((rows, width * group.page_size), torch.bool).zero_()
+        part = Part(slice(None), table, 1, [1] * rows, hidden, reserved=True)
+        return Bound(empty((rows,), torch.int64).zero_(), (part,))
 
-    def bind(self, plan: PagedRows, reserved: Any = None) -> Bound:
+    def bind(self, plan: PagedRows, reserved: Bound | None = None) -> Bound:
+        """Raises KernelError where the plan does not fit what is reserved."""
         size = plan.group.page_size
-        slots = plan.slots.astype(np.int64)
-        slots += slots // size * size  # every other block holds values
+        if reserved is not None:
+            return self._fill(plan.padded(len(reserved.slots)), reserved)
         counts = np.diff(plan.query_start)
         parts = [self._one(plan, int(row)) for row in np.flatnonzero(counts > 1)]
         if len(parts) < plan.rows:
             parts.append(self._decoding(plan, np.flatnonzero(counts == 1)))
-        return Bound(self._device.to_device(slots), tuple(parts))
+        return Bound(self._device.to_device(key_slots(plan.slots, size)), tuple(parts))
+
+    def _fill(self, plan: PagedRows, reserved: Bound) -> Bound:
+        """`plan` has as many rows as there is room for."""
+        (part,) = reserved.parts
+        if plan.table.shape[1] > part.table.shape[1]:
+            listed, room = plan.table.shape[1], part.table.shape[1]
+            raise KernelError(f"A step lists {listed} pages of a row, its room has {room}.")
+        size, to_device = plan.group.page_size, self._device.to_device
+        reserved.slots.copy_(to_device(unique_slots(key_slots(plan.slots, size), size)))
+        part.table.zero_()
+        part.table[:, : plan.table.shape[1]].copy_(to_device(2 * plan.table))
+        part.keys[:] = plan.keys.tolist()
+        if part.hidden is not None:
+            part.hidden.copy_(to_device(out_of_window(plan, part.hidden.shape[1])))
+        return reserved
 
     def _one(self, plan: PagedRows, row: int) -> Part:
         begin, end = int(plan.query_start[row]), int(plan.query_start[row + 1])
@@ -114,8 +144,8 @@ class FusedInferAttention:
         table, keys = plan.table[rows], plan.keys[rows]
         hidden = None
         if plan.group.window:
-            places = np.arange(table.shape[1] * plan.group.page_size)
-            hidden = to_device(places < keys[:, None] - plan.group.window)
+            whole = out_of_window(plan, table.shape[1] * plan.group.page_size)
+            hidden = to_device(whole[rows])
         tokens = slice(None) if plan.decodes else to_device(plan.query_start[rows].astype(np.int64))
         return Part(tokens, to_device(2 * table), 1, keys.tolist(), hidden)
 
@@ -132,7 +162,7 @@ class FusedInferAttention:
     ) -> Tensor:
         blocks = pool.data[layer].flatten(0, 1)  # (2 * pages, size, heads, dim)
         keys, values = blocks[:-1], blocks[1:]
-        import_module("torch_npu").npu_scatter_pa_kv_cache(
+        import_module(PACKAGE).npu_scatter_pa_kv_cache(
             k.contiguous(), v.contiguous(), keys, values, bound.slots, cache_mode="Norm"
         )
         keys, values = keys.flatten(2), values.flatten(2)
@@ -153,21 +183,25 @@ class FusedInferAttention:
             if spec.window:
                 options = {"sparse_mode": BAND, "pre_tokens": spec.window - 1, "next_tokens": 0}
             options["atten_mask"] = self._mask()
-        result: Tensor = import_module("torch_npu").npu_fused_infer_attention_score(
-            q.reshape(len(part.keys), part.queries, -1).contiguous(),
-            keys,
-            values,
-            actual_seq_lengths=[part.queries] * len(part.keys),
-            actual_seq_lengths_kv=part.keys,
-            block_table=part.table,
-            num_heads=spec.heads,
-            num_key_value_heads=spec.kv_heads,
-            scale=spec.scale,
-            input_layout="BSH",
-            block_size=keys.shape[1],
-            **options,
-        )[0]
-        return result.view(q.shape)
+        query = q.reshape(len(part.keys), part.queries, -1).contiguous()
+
+        def arguments() -> dict[str, Any]:
+            return {
+                "query": query,
+                "key": keys,
+                "value": values,
+                "actual_seq_lengths": [part.queries] * len(part.keys),
+                "actual_seq_lengths_kv": list(part.keys),
+                "block_table": part.table,
+                "num_heads": spec.heads,
+                "num_key_value_heads": spec.kv_heads,
+                "scale": spec.scale,
+                "input_layout": "BSH",
+                "block_size": keys.shape[1],
+                **options,
+            }
+
+        return (_recordable if part.reserved else _plain)(query, arguments).view(q.shape)
 
     def _mask(self) -> Tensor:
         """True where a key is hidden."""
@@ -175,6 +209,32 @@ class FusedInferAttention:
             whole = np.triu(np.ones((TRIANGLE, TRIANGLE), np.bool_), 1)
             self._triangle = self._device.to_device(whole)
         return self._triangle
+
+
+def _plain(query: Tensor, arguments: Arguments) -> Tensor:
+    result: Tensor = import_module(PACKAGE).npu_fused_infer_attention_score(**arguments())[0]
+    return result
+
+
+def _recordable(query: Tensor, arguments: Arguments) -> Tensor:
+    """Into tensors of our own, so that the call can be made again for the same ones."""
+    library = import_module(PACKAGE)
+    workspace = library._npu_fused_infer_attention_score_get_max_workspace(**arguments())
+    out = [torch.empty_like(query), query.new_empty(1)]
+    call = library.npu_fused_infer_attention_score.out
+    launch(call, lambda: {**arguments(), "workspace": workspace, "out": out})
+    return out[0]
+
+
+def key_slots(slots: Any, page_size: int) -> Any:
+    """Slots of pages -> of blocks of keys, int64: every other block holds values."""
+    wide = slots.astype(np.int64)
+    return wide + wide // page_size * page_size
+
+
+def out_of_window(plan: PagedRows, width: int) -> Any:
+    """(R, width) bool, of the keys that single queries do not see any more."""
+    return np.arange(width) < plan.keys[:, None] - plan.group.window
 
 
 def refusals(spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:

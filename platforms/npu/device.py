@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch_npu  # type: ignore[import-not-found]  # noqa: F401 (registers the device type)
 
 from ..torch_runtime.device import TorchDevice
+from .graphs import TaskGraphs
 
 
 class NPUDevice(TorchDevice):
+    @property
+    def graphs(self) -> TaskGraphs:
+        return TaskGraphs(self)
+
     @property
     def collectives(self) -> str:
         return "hccl"

@@ -1,8 +1,7 @@
-"""What an Ascend NPU has beside the generic kernels: norms, the gated activation, matrices of
-integers, experts and attention of torch_npu. None of them has run on one yet.
+"""What an Ascend NPU has beside the generic kernels: norms, the gated activation, rotations,
+matrices of integers, experts and attention of torch_npu. None of them has run on one yet.
 
-Not used, and why: `npu_rotary_mul` takes cosines within [-1, 1], and scaled angles (YaRN) leave
-it; `npu_top_k_top_p_sample` has no penalties and draws from a generator of its own.
+Not used, and why: `npu_top_k_top_p_sample` has no penalties and draws from a generator of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from ..torch_runtime.device import TorchDevice
-from . import experts, quantised
+from . import experts, quantised, rotary
 from .attention import FusedInferAttention
 from .library import PACKAGE, PRIORITY, refusal
 
@@ -66,6 +65,7 @@ def register(registry: KernelRegistry, device: TorchDevice) -> None:
         Kernel("add_rms_norm", PACKAGE, _norm_requires, add_rms_norm, PRIORITY),
         Kernel("silu_mul", PACKAGE, _requires, silu_mul, PRIORITY),
         *quantised.kernels(device),
+        *rotary.KERNELS,
         *experts.KERNELS,
     ):
         registry.add(kernel)

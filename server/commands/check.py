@@ -52,10 +52,18 @@ def check(platform: str | None, op: str | None, as_json: bool, interpret: bool) 
     if as_json:
         click.echo(json.dumps(record(report), indent=2))
     else:
-        show(report, Console(highlight=False, markup=False))
+        show(report, console())
     if not report.executed:
         raise PlatformError(nothing_ran(report, op))
     sys.exit(1 if report.failed else 0)
+
+
+def console() -> Console:
+    """Of a file or a pipe it is not known how wide it may be."""
+    plain = Console(highlight=False, markup=False)
+    if not plain.is_terminal:
+        plain.width = max(plain.width, WIDE)
+    return plain
 
 
 def run_aloud(suite: Suite, ops: Mapping[str, Op]) -> list[Verdict]:
@@ -116,7 +124,11 @@ def record(report: Report) -> dict[str, Any]:
 STYLES = {"pass": "green", "fail": "bold red", "unverified": "yellow", "unsupported": "dim"}
 
 
-LEGEND = "cases, largest error; FAIL: cases that failed; no: unsupported; ?: unverified"
+LEGEND = (
+    "cases, largest error; FAIL: cases that failed; no: unsupported; ?: unverified; "
+    "-: it has no kernel for this op"
+)
+WIDE = 140
 
 
 def show(report: Report, console: Console) -> None:
@@ -139,7 +151,7 @@ def _matrix(verdicts: Sequence[Verdict]) -> Table:
         table.add_column(heading, no_wrap=True)
     for op in dict.fromkeys(verdict.op for verdict in verdicts):
         row = {verdict.provider: _cell(verdict) for verdict in verdicts if verdict.op == op}
-        table.add_row(op, *(row.get(provider, Text("")) for provider in providers))
+        table.add_row(op, *(row.get(provider, Text("-", "dim")) for provider in providers))
     return table
 
 

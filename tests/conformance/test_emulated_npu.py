@@ -30,7 +30,8 @@ from sixfold.platforms.torch_runtime.conformance import TorchRunner, to_numpy
 
 ATTENTION = OPS["attention"]
 SHAPES = [s for s in contract.SHAPES if not s.soft_cap and not s.sinks]
-FUSED = ("rms_norm", "add_rms_norm", "silu_mul")
+ROTARY = ("rope", "qk_norm_rope", "interleaved_rope")
+FUSED = ("rms_norm", "add_rms_norm", "silu_mul", *ROTARY)
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +190,57 @@ def test_swapped_halves_are_caught(monkeypatch: pytest.MonkeyPatch, library: Any
     assert verdict.status == "fail"
 
 
+def turned_back(given: list[Any]) -> None:
+    given[2] = -given[2]
+
+
+def other_pairs(given: list[Any]) -> None:
+    given[3] = {"half": "interleave", "interleave": "half"}[given[3]]
+
+
+def whole_angles(given: list[Any]) -> None:
+    given[1:3] = [16 * part for part in given[1:3]]
+
+
+def angles_of_the_input(given: list[Any]) -> None:
+    given[1:3] = [part.bfloat16() for part in given[1:3]]
+
+
+def heads_for_tokens(given: list[Any]) -> None:
+    given[0] = given[0].transpose(1, 2).contiguous()
+
+
+@pytest.mark.parametrize("title", ["rope", "interleaved_rope"])
+@pytest.mark.parametrize(
+    "fault", [turned_back, other_pairs, whole_angles, angles_of_the_input, heads_for_tokens]
+)
+def test_a_fault_in_a_rotation_is_caught(
+    title: str, fault: Callable[[list[Any]], None], monkeypatch: pytest.MonkeyPatch, library: Any
+) -> None:
+    op = library.npu_rotary_mul
+
+    def faulty(*args: Any) -> Any:
+        given = list(args)
+        fault(given)
+        return op(*given).reshape(args[0].shape)
+
+    library.npu_rotary_mul = faulty
+    monkeypatch.setattr(sys.modules[PLATFORM.__module__], "module", lambda: library)
+    (verdict,) = verdicts(title, monkeypatch)
+    assert verdict.status == "fail"
+
+
+def test_what_a_rotation_is_not_documented_for_is_refused() -> None:
+    kernel = next(k for k in registered() if k.op == "rope")
+
+    def refused(**dims: int) -> str | None:
+        return kernel.requires(facts(), Problem("rope", "bfloat16", dims))
+
+    assert refused(heads=800, kv_heads=199, head_dim=128) is None
+    assert "up to 999 heads, not 1000" in str(refused(heads=800, kv_heads=200, head_dim=128))
+    assert "up to 895 numbers of a head" in str(refused(heads=8, kv_heads=2, head_dim=896))
+
+
 # ---- what the device refuses, and what is never asked of it
 
 
@@ -266,9 +318,3 @@ def test_devices_and_releases_it_was_not_written_for(changes: Any, reason: str) 
         AttentionSpec(8, 2, 128, 1.0, dtype="float16"), replace(facts(), **changes)
     )
     assert reason in found[0]
-
-
-def test_steps_are_not_captured_and_the_reason_is_said() -> None:
-    backend = FusedInferAttention(EmulatedDevice(facts()))
-    with pytest.raises(KernelError, match="lengths from the host"):
-        backend.reserve(KVGroup("g", KVKind.FULL, 128, 8), 8, 8, 100)

@@ -22,7 +22,7 @@ from sixfold.platforms.torch_runtime.executor import TorchExecutor
 from sixfold.platforms.torch_runtime.kernels import kv_write
 from sixfold.platforms.torch_runtime.pools import TorchKVPool
 
-PAGE = 16
+PAGE, WIDE_PAGE = 16, 128  # what most backends have, and the widest that one asks for
 DTYPE = torch.bfloat16
 
 
@@ -79,8 +79,9 @@ def attention_speed(card: Card, bandwidth: float) -> list[dict[str, Any]]:
 def decode_work(
     device: Any, backend: Any, spec: AttentionSpec, rows: int, context: int
 ) -> Callable[[], Tensor]:
-    each = -(-context // PAGE)
-    group = KVGroup("speed", KVKind.FULL, PAGE, 1 + rows * each)
+    size = getattr(backend, "page_size", PAGE)
+    each = -(-context // size)
+    group = KVGroup("speed", KVKind.FULL, size, 1 + rows * each)
     kernel = Kernel("kv_write", "generic", lambda facts, problem: None, kv_write)
     table = KernelTable({"kv_write": kernel}, ())
     pool = TorchKVPool(group, backend.layout(group, spec, 1), device, table)
@@ -156,19 +157,19 @@ def model_runs(card: Card, choice: str, bandwidth: float) -> list[dict[str, Any]
     """`choice` "on": as the device decides, with the decision in the result."""
     sizes = card.sizes
     most, longest = max(sizes.rows), sizes.context + 2 * sizes.steps + PAGE
+    room = -(-longest // WIDE_PAGE) * WIDE_PAGE
     fields: dict[str, Any] = {
         "dtype": card.dtype,
         "max_rows": most,
         "max_context": longest,
-        "cache_tokens": most * (longest + 2 * PAGE),
-        "page_size": PAGE,
+        "cache_tokens": (most + 1) * room,
         "graphs": "off" if choice == "off" else None,
     }
     began = time.perf_counter()
     executor, info = card.executor(sizes.model, **fields)
     loaded = time.perf_counter() - began
     chosen = {d.what: d.chosen for d in info.decisions}
-    token_bytes = info.cache_bytes / (info.groups[0].pages * PAGE)
+    token_bytes = info.cache_bytes / (info.groups[0].pages * info.page_size)
     results = []
     for rows in sizes.rows:
         prefill, decode = timed_steps(executor, Driver(info), rows, sizes)

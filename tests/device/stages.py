@@ -132,7 +132,7 @@ def forced(executor: TorchExecutor, driver: Driver, steps: int) -> np.ndarray:
 def agreement(card: Card) -> dict[str, Any]:
     """A small model with windows on the device against the same on the CPU's generic kernels in
     float32, the same tokens fed to both."""
-    fields = {"max_rows": 8, "page_size": 16, "cache_tokens": 2048, "max_context": 256}
+    fields = {"max_rows": 8, "cache_tokens": 4096, "max_context": 256}
     wanted = reference(fields)
     results: dict[str, Any] = {}
     for dtype, most in {card.dtype: 0.25, "float32": 2e-2}.items():
@@ -160,7 +160,7 @@ def reference(fields: dict[str, Any]) -> np.ndarray:
 def graphs(card: Card) -> dict[str, Any]:
     """Steps replayed and steps run op by op, on the same traffic: greedy tokens of free-running
     rows, and log-probabilities of rows that are fed."""
-    fields = {"max_rows": 12, "page_size": 16, "cache_tokens": 4096, "max_context": 256}
+    fields = {"max_rows": 12, "cache_tokens": 4096, "max_context": 256}
     captured, info = card.executor(TINY, dtype=card.dtype, **fields)
     decision = {d.what: d for d in info.decisions}["step"]
     plain, _ = card.executor(TINY, dtype=card.dtype, graphs="off", **fields)

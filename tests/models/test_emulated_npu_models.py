@@ -82,6 +82,7 @@ def test_a_model_gives_the_tokens_of_the_generic_kernels(
     chosen = {decision.what: decision.chosen for decision in info.decisions}
     assert chosen["page size"] == "128 tokens"
     assert chosen["kernel attention"] == "fused_infer"
+    assert chosen["step"] == "captured"
     # Gemma's norm weights are float32, which the library does not take beside float16.
     assert chosen["kernel rms_norm"] == ("generic" if family == "gemma3" else "torch_npu")
 

@@ -24,6 +24,9 @@ from sixfold.platforms.torch_runtime.step_program import StepProgram
 
 Work = Callable[[], Tensor]
 
+Calls = list[tuple[Any, Any, Any, Any]]
+"""Of each recorded operation: itself, what it took, and what it gave."""
+
 READS = frozenset("cpu numpy tolist item __bool__ __int__ __float__ __index__ __array__".split())
 """Functions that bring a device value to the host."""
 FROM_HOST = frozenset({"lift_fresh", "lift_fresh_copy"})
@@ -36,7 +39,7 @@ class CannotRecord(RuntimeError):
     """What the recorded work does that a graph cannot hold."""
 
 
-class _NoHostReads(TorchFunctionMode):
+class NoHostReads(TorchFunctionMode):
     """On the CPU `.cpu()` does nothing and is no operation: so it is met where it is called."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,10 +52,10 @@ class _NoHostReads(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.calls: Calls = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -77,36 +80,45 @@ def _by_integers(name: str, args: Any) -> bool:
 MASKS = (torch.bool, torch.uint8)
 
 
+def run_again(calls: Calls) -> None:
+    """In order; each result goes into the tensor that the recording gave out."""
+    for func, args, kwargs, recorded in calls:
+        taken = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        again = func(*args, **kwargs)
+        for old, new in zip(tree_leaves(recorded), tree_leaves(again), strict=True):
+            # A result on memory that the operation took is a view, or was changed in place.
+            if isinstance(old, Tensor) and address(old) not in taken:
+                old.copy_(new)
+
+
+def poison_results(calls: Calls) -> int:
+    """Fill everything that the operations gave out, so that a replay which leaves any of it as it
+    was shows. The number of tensors filled."""
+    count = 0
+    for _, args, kwargs, recorded in calls:
+        taken = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(recorded):
+            if isinstance(tensor, Tensor) and address(tensor) not in taken:
+                poison(tensor)
+                count += 1
+    return count
+
+
 class Recording:
     """The recorded operations; calling it replays them."""
 
     def __init__(self, work: Work) -> None:
-        tape = _Tape()
-        with _NoHostReads(), tape:
+        tape = Tape()
+        with NoHostReads(), tape:
             self.result = work()
         self.calls = tape.calls
 
     def __call__(self) -> Tensor:
-        for func, args, kwargs, recorded in self.calls:
-            taken = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(recorded), tree_leaves(again), strict=True):
-                # A result on memory that the operation took is a view, or was changed in place.
-                if isinstance(old, Tensor) and address(old) not in taken:
-                    old.copy_(new)
+        run_again(self.calls)
         return self.result
 
     def poison(self) -> int:
-        """Fill everything that the operations gave out, so that a replay which leaves any of it as
-        it was shows. The number of tensors filled."""
-        count = 0
-        for _, args, kwargs, recorded in self.calls:
-            taken = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            for tensor in tree_leaves(recorded):
-                if isinstance(tensor, Tensor) and address(tensor) not in taken:
-                    poison(tensor)
-                    count += 1
-        return count
+        return poison_results(self.calls)
 
 
 def address(tensor: Tensor) -> int:

@@ -130,8 +130,10 @@ def test_a_field_that_there_is_not_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(of: Matrix, tmp_path: Path) -> Path:
-    workflows.write(of, tmp_path)
-    return tmp_path
+    folder = tmp_path / "workflows"
+    folder.mkdir()
+    workflows.write(of, folder)
+    return folder
 
 
 def test_drift_of_workflows_is_found(of: Matrix, folder: Path) -> None:
@@ -139,10 +141,12 @@ def test_drift_of_workflows_is_found(of: Matrix, folder: Path) -> None:
     (folder / "npu.yml").unlink()
     (folder / "more.yml").write_text("on: push")
     (folder / "cpu.yml").write_text((folder / "cpu.yml").read_text() + "# by hand\n")
+    (folder.parent / "actionlint.yaml").write_text("self-hosted-runner: {}\n")
     assert workflows.differences(of, folder) == [
         "npu.yml is missing",
         "more.yml is not made from the matrix",
         "cpu.yml is not what the matrix makes",
+        "actionlint.yaml is not what the matrix makes",
     ]
     workflows.write(of, folder)
     assert workflows.differences(of, folder) == []

@@ -17,6 +17,7 @@ import pytest
 import torch
 from device import speed, stages
 from device.card import Card, NoCard, open_card
+from support.emulated_npu.platform import PLATFORM, facts
 
 from sixfold.common.evidence import read
 from sixfold.platforms import select
@@ -187,6 +188,20 @@ def test_stages_run(card: Card, stage: str) -> None:
     result = stages.STAGES[stage](card)
     json.dumps(result, default=float)
     assert result["ok"], result
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("stage", ["agreement", "graphs", "model"])
+def test_stages_run_on_an_npu_that_is_emulated(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose attention wants pages of its own, and whose graphs have tasks that are updated."""
+    in_tree = select.platforms
+    monkeypatch.setattr(select, "platforms", lambda: {**in_tree(), PLATFORM.name: PLATFORM})
+    monkeypatch.setitem(sys.modules, "torch_npu", None)  # the emulator goes when the test ends
+    torch.set_num_threads(1)
+    result = stages.STAGES[stage](Card(PLATFORM.name, facts(), stages.SMALL))
+    assert result["ok"], result
+    if stage == "graphs":
+        assert result["step"].startswith("captured: NPUGraph")
 
 
 def test_the_model_stage_times_both_ways(card: Card) -> None:

@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from .attention import npu_fused_infer_attention_score
+from .attention import (
+    fused_infer_attention_out,
+    get_max_workspace,
+    npu_fused_infer_attention_score,
+)
 from .cache import npu_scatter_pa_kv_cache
 from .checks import NPUError
+from .graphs import Runtime
 from .matmul import (
     npu_convert_weight_to_int4pack,
     npu_dynamic_quant,
@@ -25,7 +31,7 @@ from .matmul import (
     npu_quant_matmul,
     npu_weight_quant_batchmatmul,
 )
-from .pointwise import npu_add_rms_norm, npu_rms_norm, npu_swiglu
+from .pointwise import npu_add_rms_norm, npu_rms_norm, npu_rotary_mul, npu_swiglu
 
 __all__ = ["OPS", "NPUError", "install", "module"]
 
@@ -37,6 +43,7 @@ OPS = (
     npu_grouped_matmul,
     npu_quant_matmul,
     npu_rms_norm,
+    npu_rotary_mul,
     npu_scatter_pa_kv_cache,
     npu_swiglu,
     npu_weight_quant_batchmatmul,
@@ -44,9 +51,14 @@ OPS = (
 
 
 def module() -> ModuleType:
-    emulator = ModuleType("torch_npu")
+    """A new one, with streams and graphs of its own."""
+    emulator, runtime = ModuleType("torch_npu"), Runtime()
     for op in OPS:
-        setattr(emulator, op.__name__, op)
+        setattr(emulator, op.__name__, runtime.wrapped(op))
+    attention: Any = emulator.npu_fused_infer_attention_score
+    attention.out = runtime.wrapped(fused_infer_attention_out, f"{attention.__name__}.out")
+    emulator._npu_fused_infer_attention_score_get_max_workspace = get_max_workspace
+    emulator.npu = runtime.namespace()
     return emulator
 
 

@@ -89,6 +89,39 @@ def npu_fused_infer_attention_score(
     return out, torch.zeros(1, device=query.device)
 
 
+def get_max_workspace(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+    """`_npu_fused_infer_attention_score_get_max_workspace`: enough for any lengths. How much is the
+    library's secret; here it is told by the shapes, so that another call's is noticed."""
+    need(not {"workspace", "out"} & set(given), WORKSPACE, "it takes neither workspace nor out")
+    table = given["block_table"]
+    return torch.empty(query.numel() + table.numel(), dtype=torch.uint8, device=query.device)
+
+
+def fused_infer_attention_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    workspace: Tensor | None = None,
+    out: Sequence[Tensor],
+    **given: Any,
+) -> Sequence[Tensor]:
+    """`npu_fused_infer_attention_score.out`, by which a graph's tasks are updated. Page:
+    `torch_npu-npu-graph_task_update_begin.md`, whose example gives a workspace and two results."""
+    if workspace is None:
+        raise NPUError(f"{OP}.out: without a workspace it is not shown")
+    need(workspace.numel() >= query.numel() + given["block_table"].numel(), OP, "small workspace")
+    need(len(out) == 2, OP, f"{len(out)} results, not 2")
+    result, lse = npu_fused_infer_attention_score(query, key, value, **given)
+    for place, made in zip(out, (result, lse), strict=True):
+        need(place.shape == made.shape, OP, f"result {tuple(place.shape)}")
+        need(place.dtype == query.dtype, OP, f"result {place.dtype}")
+        contiguous(OP, out=place)
+        place.copy_(made)
+    return out
+
+
+WORKSPACE = "_npu_fused_infer_attention_score_get_max_workspace"
 EMULATED = (
     "query key value atten_mask actual_seq_lengths actual_seq_lengths_kv block_table num_heads "
     "scale pre_tokens next_tokens input_layout num_key_value_heads sparse_mode block_size"

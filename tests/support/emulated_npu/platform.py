@@ -17,6 +17,7 @@ from sixfold.platforms.interface import Accelerator, DeviceFacts, Machine, Probe
 from sixfold.platforms.interface_kernels import Suite
 from sixfold.platforms.judgement import RANK_BY_NAME
 from sixfold.platforms.npu import NPUPlatform, device_facts
+from sixfold.platforms.npu.graphs import TaskGraphs
 from sixfold.platforms.recorded_device import machine_with
 from sixfold.platforms.torch_runtime.conformance import TorchRunner
 from sixfold.platforms.torch_runtime.interpreted import HostedDevice
@@ -43,6 +44,10 @@ class EmulatedDevice(HostedDevice):
 
     def memory(self) -> tuple[int, int]:
         return FREE, FREE
+
+    @property
+    def graphs(self) -> TaskGraphs:
+        return TaskGraphs(self)
 
 
 class EmulatedPlatform(NPUPlatform):

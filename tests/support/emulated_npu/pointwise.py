@@ -1,6 +1,6 @@
-"""Norms and the gated activation. Pages: `npu_rms_norm` and `npu_swiglu` of the API reference
-(Ascend Extension for PyTorch 7.0 and 7.2, RmsNorm and SwiGlu: float16, bfloat16, float32; 1 to 8
-axes; gamma of the input's dtype and last axes). `npu_add_rms_norm` has no page: its order of
+"""Norms, the gated activation and rotations. Pages: `npu_rms_norm` and `npu_swiglu` of the API
+reference (Ascend Extension for PyTorch 7.0 and 7.2, RmsNorm and SwiGlu: float16, bfloat16, float32;
+1 to 8 axes; gamma of the input's dtype and last axes). `npu_add_rms_norm` has no page: its order of
 results and its rounding are those of op-plugin's own `test_npu_add_rms_norm.py`."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, dtype_of, need
+from .checks import FLOATS, contiguous, dtype_of, need, not_emulated
 
 
 def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tensor, Tensor]:
@@ -51,3 +51,49 @@ def _norm_arguments(op: str, x: Tensor, gamma: Tensor) -> None:
     fits = 1 <= gamma.dim() <= x.dim() and x.shape[x.dim() - gamma.dim() :] == gamma.shape
     need(fits, op, f"gamma {tuple(gamma.shape)} is not the last axes of x {tuple(x.shape)}")
     need(x.numel() > 0, op, "an empty x is not documented")
+
+
+def npu_rotary_mul(
+    input: Tensor,
+    r1: Tensor,
+    r2: Tensor,
+    rotary_mode: str = "half",
+    rotate: Tensor | None = None,
+) -> Tensor:
+    """r1 * input + r2 * (input, a quarter turn on). Page: op-plugin, `torch_npu-npu_rotary_mul.md`,
+    its scene `jit_compile=False`. Which layout the input has shows in the angles' shape."""
+    op = "npu_rotary_mul"
+    not_emulated(op, rotate=rotate)
+    need(rotary_mode in ("half", "interleave"), op, f"rotary_mode {rotary_mode}")
+    for name, tensor in (("input", input), ("r1", r1), ("r2", r2)):
+        dtype_of(op, name, tensor, FLOATS)
+        need(tensor.dim() == 4, op, f"{name} has {tensor.dim()} axes, not 4")
+        need(tensor.dtype == input.dtype, op, f"{name} is {tensor.dtype}: not said to differ")
+    contiguous(op, input=input, r1=r1, r2=r2)
+    need(r1.shape == r2.shape, op, "r1 and r2 differ in shape")
+    need(input.numel() > 0, op, "an empty input is not documented")
+    need(bool((r1.abs() <= 1).all() and (r2.abs() <= 1).all()), op, "r1 and r2 are within [-1, 1]")
+    _rotary_layout(input, r1, rotary_mode)
+    wide, dim = input.float(), input.shape[-1]
+    if rotary_mode == "half":
+        turned = torch.cat((-wide[..., dim // 2 :], wide[..., : dim // 2]), dim=-1)
+    else:
+        turned = torch.stack((-wide[..., 1::2], wide[..., ::2]), dim=-1).flatten(-2)
+    return (r1.float() * wide + r2.float() * turned).to(input.dtype)
+
+
+def _rotary_layout(input: Tensor, angles: Tensor, mode: str) -> None:
+    op = "npu_rotary_mul"
+    a, b, c, dim = input.shape
+    need(dim < 896 and dim % 2 == 0, op, f"D is even and below 896, not {dim}")
+    # layout: (B, N), and angles that are said to fit, those of `interleave` first
+    layouts = {
+        "BNSD": ((a, b), [(1, 1, c, dim), (a, 1, c, dim), (a, b, c, dim)]),
+        "BSND": ((a, c), [(1, b, 1, dim), (a, b, 1, dim), (a, b, c, dim)]),
+        "SBND": ((b, c), [(a, 1, 1, dim), (a, b, 1, dim), (a, b, c, dim)]),
+    }
+    for (batch, heads), shapes in layouts.values():
+        small = batch * heads < 1000 if mode == "interleave" else max(batch, heads) < 1000
+        if small and tuple(angles.shape) in shapes[: 1 if mode == "interleave" else None]:
+            return
+    need(False, op, f"angles {tuple(angles.shape)} for {tuple(input.shape)} ({mode})")
