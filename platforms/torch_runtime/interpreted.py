@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 
 from ...common.errors import PlatformError
@@ -18,6 +19,7 @@ from ..interface import DeviceFacts, Event
 from ..interface_kernels import Suite
 from .conformance import TorchRunner
 from .device import TorchDevice
+from .interpreter_speed import quicken
 from .kernels import register_generic
 
 VARIABLE = "TRITON_INTERPRET"  # read by Triton when it is imported
@@ -61,6 +63,7 @@ def start_interpreter() -> None:
             f"process that has {VARIABLE}=1 from its start."
         )
     os.environ[VARIABLE] = "1"
+    quicken(import_module("triton.runtime.interpreter"), import_module("triton.language"))
 
 
 def not_interpreted(provider: str, dtype: str) -> str:

@@ -40,12 +40,17 @@ class Report:
 
 @click.command()
 @click.option("--platform", help="Hardware to check; the best usable one if not given.")
-@click.option("--op", help="Only this op, with or without the scheme of its weights.")
+@click.option(
+    "--op",
+    "wanted",
+    multiple=True,
+    help="Only this op, with or without the scheme of its weights; may be given several times.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.option("--interpret", is_flag=True, help="Run Triton kernels in Triton's interpreter.")
-def check(platform: str | None, op: str | None, as_json: bool, interpret: bool) -> None:
+def check(platform: str | None, wanted: tuple[str, ...], as_json: bool, interpret: bool) -> None:
     """Run every kernel of a platform against its contract."""
-    ops = chosen_ops(op)
+    ops = chosen_ops(wanted)
     name, facts = chosen_platform(platform, interpret)
     suite = select.platforms()[name].conformance(facts, interpret)
     report = Report(name, suite, run_aloud(suite, ops))
@@ -54,7 +59,7 @@ def check(platform: str | None, op: str | None, as_json: bool, interpret: bool) 
     else:
         show(report, console())
     if not report.executed:
-        raise PlatformError(nothing_ran(report, op))
+        raise PlatformError(nothing_ran(report, wanted))
     sys.exit(1 if report.failed else 0)
 
 
@@ -75,13 +80,15 @@ def run_aloud(suite: Suite, ops: Mapping[str, Op]) -> list[Verdict]:
         return run_suite(suite, ops, lambda title: tell(f"running {title}"))
 
 
-def chosen_ops(name: str | None) -> Mapping[str, Op]:
-    if name is None:
+def chosen_ops(names: Sequence[str]) -> Mapping[str, Op]:
+    """All where none is named. Raises ConfigError where a name is no op's."""
+    if not names:
         return OPS
-    found = {title: op for title, op in OPS.items() if name in (title, op.name)}
-    if not found:
-        raise ConfigError(f"There is no op {name!r}; there are {', '.join(OPS)}.")
-    return found
+    known = {name for title, op in OPS.items() for name in (title, op.name)}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"There is no op {name!r}; there are {', '.join(OPS)}.")
+    return {title: op for title, op in OPS.items() if title in names or op.name in names}
 
 
 def chosen_platform(name: str | None, interpret: bool) -> tuple[str, DeviceFacts | None]:
@@ -96,8 +103,8 @@ def chosen_platform(name: str | None, interpret: bool) -> tuple[str, DeviceFacts
     return chosen, found[chosen].devices[0]
 
 
-def nothing_ran(report: Report, op: str | None) -> str:
-    what = f"of op {op!r}" if op else "at all"
+def nothing_ran(report: Report, ops: Sequence[str]) -> str:
+    what = f"of op {', '.join(map(repr, ops))}" if ops else "at all"
     if not report.verdicts:
         return f"No case ran {what}: {report.platform} registers no kernel for it."
     reasons = {reason: None for v in report.verdicts for reason in (*v.unverified, *v.refused)}

@@ -12,7 +12,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from sixfold.platforms.torch_runtime.interpreted import start_interpreter
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+
+if INTERPRETED:
+    start_interpreter()
 
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 
