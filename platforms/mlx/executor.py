@@ -30,13 +30,17 @@ from ..interface_step import StepBatch, StepResult
 from ..judgement import SERVED
 from .caches import Cache, CacheGroup, PagedCache, StateCache
 from .compiled_steps import TOY_PAGES, CompiledSteps
+from .forms import choose
 from .kernels import register
 from .loading import DTYPES, compute_dtype, load_model, weight_bytes
+from .matrices import arrange
 from .memory import on_metal, set_limits, working_set
 from .metal.register import decisions
 from .pools import LayerPages, LayerStates, MLXPages
+from .product_threads import ProductThreads, product_threads
 from .recognise import Recognised, recognise_model
 from .runner import MLXRunner, Started
+from .substitution import SHARED
 
 OPS = ("sample", "logprobs")
 TEXT_ONLY = Support(Status.NO, "It runs mlx-lm's models, which read text only.")
@@ -109,8 +113,12 @@ class MLXExecutor:
         mx.eval(model.parameters())
         if progress is not None:
             progress(weights, weights)
+        threads = self._threads(log)
+        log.extend(arrange(model))
         dtype = compute_dtype(model)
-        found = recognise_model(model, DTYPES[dtype])
+        forms, chosen = choose(model, DTYPES[dtype], spec.kernels)
+        log.extend(chosen)
+        found = recognise_model(model, DTYPES[dtype], forms)
         log.extend(found.decisions)
         kv_dtype = self._kv_dtype(found, log)
         ops = self._kernels(dtype, kv_dtype)
@@ -123,7 +131,14 @@ class MLXExecutor:
         compiled = CompiledSteps(found.model, groups, caches) if compiles else None
         log.extend(set_limits(weights, plan.bytes, self._os_version))
         self._runner = MLXRunner(
-            found.model, groups, caches, ops, spec.max_rows, checkpoint.vocab_size, compiled
+            found.model,
+            groups,
+            caches,
+            ops,
+            spec.max_rows,
+            checkpoint.vocab_size,
+            compiled,
+            threads,
         )
         return self._info(checkpoint, plan, dtype, weights, log)
 
@@ -141,6 +156,13 @@ class MLXExecutor:
             return
         mx.disable_compile()
         log.add("fused functions", "not compiled", "on a CPU MLX would run g++ for each of them")
+
+    def _threads(self, log: DecisionLog) -> ProductThreads | None:
+        if on_metal():
+            return None
+        threads, decision = product_threads(self._spec.threads)
+        log.extend([decision])
+        return threads
 
     def _may_compile(
         self,
@@ -193,7 +215,8 @@ class MLXExecutor:
         registry = KernelRegistry()
         register(registry)
         problems = [*(Problem(op, dtype) for op in OPS), Problem("page_gather", kv_dtype)]
-        return registry.resolve(problems, self._facts, self._spec.kernels, self._spec.strict)
+        named = {op: form for op, form in self._spec.kernels.items() if op not in SHARED}
+        return registry.resolve(problems, self._facts, named, self._spec.strict)
 
     def _kv_dtype(self, found: Recognised, log: DecisionLog) -> str:
         wanted = self._spec.kv_dtype

@@ -47,12 +47,13 @@ class LayerPages:
             self.arrays[i][where] = rows.astype(self.arrays[i].dtype)
 
     def _clear(self, plan: PagePlan) -> None:
-        """Attention gives what is behind a row's last token the weight 0, and a NaN left there by
-        whoever had the page before would survive that."""
+        """Attention hides what is behind a row's last token by a sum and gives it the weight 0; a
+        NaN left there by whoever had the page before would survive both."""
         where = plan.index("begun", self.heads, self._pages)
-        values = self._blocks(1)
-        values[where] = mx.zeros((len(where), values.shape[1]), values.dtype)
-        self.arrays[1] = values.reshape(-1, self.dims[1])
+        for i, dim in enumerate(self.dims):
+            blocks = self._blocks(i)
+            blocks[where] = mx.zeros((len(where), blocks.shape[1]), blocks.dtype)
+            self.arrays[i] = blocks.reshape(-1, dim)
 
     def read(self, plan: PagePlan) -> tuple[mx.array, mx.array]:
         """(R, H, K, dim) of keys and of values."""

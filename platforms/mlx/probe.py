@@ -23,6 +23,7 @@ from .adapters import ARRAYS, Layer, Part, query_heads, variant
 from .caches import Cache, PagedCache, StateCache
 from .pools import LayerPages, LayerStates
 from .step_plan import Rows, plan_pages, plan_states
+from .substitution import Substitution
 
 TOLERANCE = {mx.float32: 2e-4, mx.float16: 2e-2, mx.bfloat16: 8e-2}
 """Largest difference allowed, relative to the largest output."""
@@ -41,17 +42,19 @@ class Found:
     difference: float
 
 
-def examine(layer: Layer, width: int, dtype: mx.Dtype) -> Found:
+def examine(layer: Layer, width: int, dtype: mx.Dtype, forms: Substitution) -> Found:
     """Learn what the layer's mixer keeps and check its stand-in; check its other parts. `width`:
-    features of a token. Raises CheckpointError naming the part."""
+    features of a token. `forms`: what will serve, compared with mlx-lm's own functions. Raises
+    CheckpointError naming the part."""
     for part in layer.others:
-        _check_by_token(part, width, dtype)
+        _check_by_token(part, width, dtype, forms)
     window = _window(layer)
     inputs = _toy(2, sum(a for a, _ in CHUNKS), width, dtype)
     toy_window = TOY_WINDOW if window else 0
     expected, cache = _alone(layer, inputs, toy_window)
     found = _learn(layer, cache, window)
-    actual = _together(layer, found, inputs, toy_window)
+    with forms:
+        actual = _together(layer, found, inputs, toy_window)
     difference = _difference(layer.mixer, actual, expected, dtype)
     return Found(found.need, found.dtypes, found.name, difference)
 
@@ -205,12 +208,14 @@ def _difference(
     return relative
 
 
-def _check_by_token(part: Part, width: int, dtype: mx.Dtype) -> None:
+def _check_by_token(part: Part, width: int, dtype: mx.Dtype, forms: Substitution) -> None:
     """That a part treats each token by itself, so that batches and padding change nothing."""
     x = _toy(2, 3, width, dtype)
     try:
         whole = part.module(x)
-        single = mx.stack([mx.concatenate([part.module(t[None, None]) for t in row]) for row in x])
+        with forms:
+            rows = [mx.concatenate([part.module(t[None, None]) for t in row]) for row in x]
+        single = mx.stack(rows)
     except Exception as error:
         raise CheckpointError(
             f"{part.path} was recognised as {part.adapter.name} and cannot be run as such: "

@@ -14,6 +14,7 @@ from ..interface import Decision
 from ..interface_kv import KVKind
 from .adapters import Layer, recognise
 from .probe import Found, examine
+from .substitution import Substitution
 from .trunk import SplitModel
 
 
@@ -30,11 +31,13 @@ class Recognised:
         return str(kept[0]).removeprefix("mlx.core.") if kept else "float32"
 
 
-def recognise_model(model: Any, dtype: mx.Dtype) -> Recognised:
-    """Raises CheckpointError naming the layer that matches nothing or does something else."""
+def recognise_model(model: Any, dtype: mx.Dtype, forms: Substitution | None = None) -> Recognised:
+    """`forms`: the functions of mlx-lm that are replaced (`forms.py`), none by default. Raises
+    CheckpointError naming the layer that matches nothing or does something else."""
+    forms = forms or Substitution(model, {})
     layers = recognise(model)
-    split = SplitModel(model)
-    found = tuple(examine(layer, split.width, dtype) for layer in layers)
+    split = SplitModel(model, forms)
+    found = tuple(examine(layer, split.width, dtype, forms) for layer in layers)
     return Recognised(split, found, tuple(_table(layers, found)))
 
 

@@ -21,6 +21,7 @@ from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, 
 from ..sampling_rows import select_rows
 from .caches import Cache, CacheGroup, bind
 from .compiled_steps import CompiledSteps
+from .product_threads import ProductThreads
 from .step_plan import Rows, pieces, plan_pages, plan_states
 from .trunk import SplitModel
 
@@ -58,9 +59,11 @@ class MLXRunner:
         max_rows: int,
         vocab_size: int,
         compiled: CompiledSteps | None = None,
+        threads: ProductThreads | None = None,
     ) -> None:
         self._model = model
         self._compiled = compiled
+        self._threads = threads
         self._groups = tuple(groups)
         self._caches = list(caches)  # in the model's order of layers
         self._ops = ops
@@ -79,6 +82,8 @@ class MLXRunner:
         for rows, states in hidden:
             self._score_prompts(started, rows, states)
         mx.synchronize()  # the step before has ended and holds no buffer of a pool
+        if self._threads is not None:
+            self._threads.tell(len(batch.token_ids))
         mx.async_eval(*started.arrays, self._last, *self._stored())
         return started
 

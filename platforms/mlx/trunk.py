@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...common.errors import CheckpointError
+from .substitution import Substitution
 
 
 class _Given(nn.Module):
@@ -34,9 +35,11 @@ class _Given(nn.Module):
 class SplitModel:
     """`trunk(tokens, cache)` and `head(hidden)` of a model that has `layers`."""
 
-    def __init__(self, model: Any) -> None:
-        """Raises CheckpointError when the parts cannot be found or do not make up the whole."""
+    def __init__(self, model: Any, forms: Substitution) -> None:
+        """`forms`: functions that the trunk calls in place of mlx-lm's. Raises CheckpointError when
+        the parts cannot be found or do not make up the whole."""
         self.model = model
+        self._forms = forms
         self._parent, self._name = _find_trunk(model)
         self._trunk = self._parent[self._name]
         self._check()
@@ -49,7 +52,8 @@ class SplitModel:
 
     def trunk(self, tokens: mx.array, caches: list[Any] | None) -> mx.array:
         """tokens (R, S) -> (R, S, width)."""
-        return self._trunk(tokens, caches)
+        with self._forms:
+            return self._trunk(tokens, caches)
 
     def head(self, hidden: mx.array) -> mx.array:
         """(R, S, width) -> logits (R, S, V)."""
@@ -63,7 +67,7 @@ class SplitModel:
     def _check(self) -> None:
         tokens = mx.array([[1, 2, 3, 4]], mx.int32)
         whole = self.model(tokens)
-        parts = self.head(self.trunk(tokens, None))
+        parts = self.head(self._trunk(tokens, None))
         if whole.shape != parts.shape or not bool(mx.array_equal(whole, parts, equal_nan=True)):
             raise CheckpointError(
                 "The model's head does more than the trunk's hidden states show: its logits are "

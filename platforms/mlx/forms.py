@@ -1,0 +1,115 @@
+"""Which of two ways to compute the same is faster on this device: measured at load, told in
+`--explain`, and named by the user with `--kernel OP=FORM` where he wants the other.
+
+A GPU has fused kernels for what a CPU backend puts together from slow parts, and a library of
+products prefers one layout of a matrix. Neither is known from a name, both are from a clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ...common.errors import KernelError
+from ..interface import Decision
+from . import softmax_attention
+from .substitution import SHARED, Substitution, called
+
+OWN = "mlx-lm"
+PARTS = "parts"
+GAIN = 1.2
+"""How many times faster the other form must be; less is within what a clock errs."""
+REPEATS = 5
+ENOUGH = 0.3
+"""Seconds after which slow ways are not repeated further."""
+
+
+def attention_in_parts() -> Callable[..., mx.array]:
+    """What mlx-lm's function is called for, over stand-ins for its caches, which hold no bits."""
+
+    def attend(
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: Any,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        return softmax_attention.attend(queries, keys, values, scale, mask, sinks)
+
+    return attend
+
+
+def forms(op: str) -> dict[str, Callable[..., Any]]:
+    other = {"attention": attention_in_parts(), "silu_mul": softmax_attention.gate}
+    return {OWN: SHARED[op], PARTS: other[op]}
+
+
+def choose(
+    model: Any, dtype: mx.Dtype, wanted: Mapping[str, str]
+) -> tuple[Substitution, list[Decision]]:
+    """The forms of what this model calls. `wanted`: those that the user names. Raises KernelError
+    when a named form does not exist or the model does not call the op."""
+    used = sorted(called(model))
+    for op in wanted.keys() & SHARED.keys() - set(used):
+        raise KernelError(
+            f"--kernel {op}={wanted[op]}: this model's files call no function of mlx-lm for it; "
+            f"they call: {', '.join(used) or 'none'}."
+        )
+    chosen, decisions = {}, []
+    for op in used:
+        ways = forms(op)
+        name, decision = _choose(op, ways, _toy(op, dtype), wanted.get(op))
+        decisions.append(decision)
+        if name != OWN:
+            chosen[op] = ways[name]
+    return Substitution(model, chosen), decisions
+
+
+def _choose(
+    op: str, ways: Mapping[str, Callable[..., Any]], arguments: Sequence[Any], wanted: str | None
+) -> tuple[str, Decision]:
+    what = f"kernel {op}"
+    if wanted is not None:
+        if wanted not in ways:
+            raise KernelError(f"No form {wanted!r} of {op}; there are: {', '.join(ways)}.")
+        return wanted, Decision(what, wanted, "named by the user")
+    own, parts = fastest([lambda: ways[OWN](*arguments), lambda: ways[PARTS](*arguments)])
+    name, other = (PARTS, OWN) if parts * GAIN < own else (OWN, PARTS)
+    times = {OWN: own, PARTS: parts}
+    because = f"{times[name] * 1e3:.2f} ms at this start, the other {times[other] * 1e3:.2f} ms"
+    reason = f"not {GAIN} times as fast" if other == PARTS else "slower"
+    return name, Decision(what, name, because, ((other, reason),))
+
+
+def fastest(ways: Sequence[Callable[[], Any]]) -> list[float]:
+    """Seconds of each, the least of some interleaved runs."""
+    best = [float("inf")] * len(ways)
+    for way in ways:
+        mx.eval(way())
+    end = time.perf_counter() + ENOUGH
+    for repeat in range(REPEATS):
+        if repeat > 1 and time.perf_counter() > end:
+            break
+        for i, way in enumerate(ways):
+            began = time.perf_counter()
+            mx.eval(way())
+            best[i] = min(best[i], time.perf_counter() - began)
+    return best
+
+
+def _toy(op: str, dtype: mx.Dtype) -> list[Any]:
+    """Arguments of the size of a chunk of a small model's prompt."""
+    rng = np.random.default_rng(0)
+    if op == "silu_mul":
+        made = [rng.standard_normal((128, 1024)) for _ in range(2)]
+        return [mx.array(x.astype(np.float32)).astype(dtype) for x in made]
+    shapes = ((1, 4, 256, 64), (1, 2, 256, 64), (1, 2, 256, 64))
+    made = [rng.standard_normal(shape) for shape in shapes]
+    arrays = [mx.array(x.astype(np.float32)).astype(dtype) for x in made]
+    return [*arrays, None, 0.125, "causal"]
