@@ -12,6 +12,7 @@ with the reasons printed.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def end_with_the_check() -> None:
+    """A SIGTERM raises, as ctrl-c does: what is running then ends its process on the way out."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def main() -> int:
+    end_with_the_check()
     asked = arguments()
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:

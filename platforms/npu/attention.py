@@ -48,7 +48,7 @@ class Part:
     table: Tensor  # (B, P) int32 blocks of keys
     queries: int  # of each row
     keys: list[int]  # the op takes lengths from the host; changed in place where reserved
-    hidden: Tensor | None  # (B, P * page size) bool, of single queries in a window
+    hidden: Tensor | None  # bool: (B, P * page size) of single queries in a window; the triangle
     reserved: bool = False
 
 
@@ -137,7 +137,8 @@ class FusedInferAttention:
         begin, end = int(plan.query_start[row]), int(plan.query_start[row + 1])
         count = int(plan.page_counts[row])
         table = self._device.to_device(2 * plan.table[row : row + 1, :count])
-        return Part(slice(begin, end), table, end - begin, [int(plan.keys[row])], None)
+        keys = [int(plan.keys[row])]
+        return Part(slice(begin, end), table, end - begin, keys, self._mask())
 
     def _decoding(self, plan: PagedRows, rows: Any) -> Part:
         to_device = self._device.to_device
@@ -176,13 +177,11 @@ class FusedInferAttention:
     def _call(
         self, part: Part, q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec
     ) -> Tensor:
-        many = part.queries > 1
-        options: dict[str, Any] = {"atten_mask": part.hidden}
-        if many:
+        options: dict[str, Any] = {}
+        if part.queries > 1:
             options = {"sparse_mode": CAUSAL}
             if spec.window:
                 options = {"sparse_mode": BAND, "pre_tokens": spec.window - 1, "next_tokens": 0}
-            options["atten_mask"] = self._mask()
         query = q.reshape(len(part.keys), part.queries, -1).contiguous()
 
         def arguments() -> dict[str, Any]:
@@ -193,6 +192,7 @@ class FusedInferAttention:
                 "actual_seq_lengths": [part.queries] * len(part.keys),
                 "actual_seq_lengths_kv": list(part.keys),
                 "block_table": part.table,
+                "atten_mask": part.hidden,
                 "num_heads": spec.heads,
                 "num_key_value_heads": spec.kv_heads,
                 "scale": spec.scale,

@@ -33,6 +33,7 @@ from sixfold.platforms.torch_runtime.model_source import ModelSource
 from sixfold.platforms.torch_runtime.step_program import StepProgram
 
 FREE = 64 << 30
+NO_ATTENTION = ("xpu", "privateuseone")
 
 
 class HostRead(RuntimeError):
@@ -63,7 +64,9 @@ class _Api(TorchFunctionMode):
             return torch.ops.aten.bitwise_not.default(args[0])
         if name == "copy_":
             return torch.ops.aten.copy_.default(*args, **kwargs)
-        if name == "scaled_dot_product_attention" and args[0].device.type == "xpu":
+        if name == "index_copy_":
+            return torch.ops.aten.index_copy_.default(*args, **kwargs)
+        if name == "scaled_dot_product_attention" and args[0].device.type in NO_ATTENTION:
             # The CPU build has no choice of kernels for it; products of the shapes say the rest.
             return args[0] @ args[1].mT @ args[2]
         if name == "to":

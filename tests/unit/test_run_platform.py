@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -130,6 +131,36 @@ def test_a_script_that_ends_badly_or_too_late_is_a_failure(tmp_path: Path) -> No
     assert str(ROOT) not in ended.reason
     late = run_check.run_check(check(script=("ci/count_predicates.py",), minutes=0), here)
     assert (late.state, late.reason) == ("failed", "took longer than 0 minutes")
+
+
+WAITS = "import os, sys\nopen(sys.argv[1], 'w').write(str(os.getpid()))\nopen(sys.argv[1]).read()"
+RUNS = """
+import sys
+sys.path.insert(0, {ci!r})
+from pathlib import Path
+from run_platform import end_with_the_check
+import run_check
+end_with_the_check()
+check = run_check.Check("one", "kernels", "device", ("cpu",), script=({script!r}, {pipe!r}))
+run_check.run_check(check, run_check.Place("cpu", Path({folder!r})))
+"""
+
+
+def test_a_sigterm_ends_the_check_that_is_running(tmp_path: Path) -> None:
+    """The check tells its process through a pipe, then waits at the pipe for ever."""
+    pipe, script = tmp_path / "pipe", tmp_path / "waits.py"
+    os.mkfifo(pipe)
+    script.write_text(WAITS)
+    code = RUNS.format(
+        ci=str(ROOT / "ci"), script=str(script), pipe=str(pipe), folder=str(tmp_path)
+    )
+    running = subprocess.Popen([sys.executable, "-c", code])
+    child = int(pipe.read_text())
+    os.kill(child, 0)
+    running.terminate()
+    assert running.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 def test_what_is_not_installed_is_skipped_with_its_name(tmp_path: Path) -> None:
