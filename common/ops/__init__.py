@@ -10,6 +10,7 @@ from . import (
     compressed_attention,
     conv1d_update,
     dense,
+    draw,
     fp8_rows,
     gated_delta,
     hyper_connections,
@@ -58,6 +59,7 @@ MODULES = (
     merge_state,
     segment_attention,
     sample,
+    draw,
     logprobs,
 )
 

@@ -70,13 +70,13 @@ def _case(
 
 
 def cases(rng: np.random.Generator) -> Iterable[Case]:
-    yield from _greedy_cases(rng)
-    yield from _filter_cases(rng)
+    yield from greedy_cases(rng)
+    yield from filter_cases(rng)
     yield from _adjusting_cases(rng)
     yield from _random_cases(rng)
 
 
-def _greedy_cases(rng: np.random.Generator) -> Iterable[Case]:
+def greedy_cases(rng: np.random.Generator) -> Iterable[Case]:
     greedy = {"temperature": 0.0}
     yield _case("greedy_one", normal(rng, 1, 1003), [greedy])
     yield _case("no_rows", normal(rng, 0, 64), [])
@@ -100,7 +100,7 @@ def _greedy_cases(rng: np.random.Generator) -> Iterable[Case]:
     yield _case("one_token", normal(rng, 2, 1), [greedy, {"uniform": 0.999}])
 
 
-def _filter_cases(rng: np.random.Generator) -> Iterable[Case]:
+def filter_cases(rng: np.random.Generator) -> Iterable[Case]:
     logits = normal(rng, 6, 257, scale=3.0)
     draws = [{"uniform": u} for u in (0.0, 0.1, 0.5, 0.9, 0.999999, np.nextafter(1.0, 0.0))]
     yield _case("draws", logits, draws)

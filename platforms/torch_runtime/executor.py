@@ -30,7 +30,7 @@ from .step_caches import CacheGroup, Pool
 from .step_program import StepProgram
 from .widened_linear import refuse_widening
 
-RUNTIME_OPS = ("kv_write", "page_copy", "sample", "logprobs")
+RUNTIME_OPS = ("kv_write", "page_copy", "sample", "draw", "logprobs")
 """Ops that the runtime calls beside the model's."""
 
 ENDS = {

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...common.errors import KernelError
 from ..interface import Decision, LoadProgress
 from ..interface_step import StepBatch
+from .captured_draw import CapturedDraw, plan_draw
 from .step_program import NotCaptured, StepProgram
 
 Work = Callable[[], Tensor]
@@ -54,6 +55,7 @@ class Bucket:
         self._program = program
         bound = program.bind(program.plan(program.rehearsal([1] * rows)), self.reserved)
         self.work: Work = lambda: program.forward(self.inputs[0], self.inputs[1], bound)
+        self.draw = CapturedDraw(program.draw, self.work())
 
     def record(self, record: Record) -> None:
         """Raises RuntimeError when a replay gives something else than the work itself."""
@@ -67,6 +69,7 @@ class Bucket:
                 "--graphs off serves without capture."
             )
         self.work = replay
+        self.draw.record(record)
 
     def run(self, batch: StepBatch, token_ids: Tensor, positions: Tensor) -> Tensor:
         count = batch.rows
@@ -118,6 +121,13 @@ class GraphRunner:
         if bucket is None:
             return self._program.run(batch, token_ids, positions)
         return bucket.run(batch, token_ids, positions)
+
+    def draw(self, batch: StepBatch, hidden: Tensor) -> Tensor | None:
+        """The tokens that the step's rows sample (R,), -1 for none allowed, valid until the next
+        call; None where a row wants what is not recorded."""
+        bucket = self.bucket_of(batch)
+        plan = None if bucket is None else plan_draw(batch, bucket.rows)
+        return None if bucket is None or plan is None else bucket.draw.run(plan, hidden)
 
 
 def capture_by_rows(

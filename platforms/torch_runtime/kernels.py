@@ -29,7 +29,7 @@ from .interleaved_rope import (
 )
 from .latent_attention import latent_attention, merge_state
 from .recurrent import conv1d_update, gated_delta
-from .sampler import mix32, sample, signed
+from .sampler import draw, mix32, sample, signed
 from .segment_attention import segment_attention
 from .widened_linear import widened_linear
 
@@ -185,6 +185,7 @@ GENERIC: dict[str, Callable[..., Any]] = {
     "page_gather": page_gather,
     "page_digest": page_digest,
     "sample": sample,
+    "draw": draw,
     "logprobs": logprobs,
 }
 

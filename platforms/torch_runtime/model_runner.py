@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, 
 from ..sampling_rows import select_rows
 from .device import TorchDevice
 from .draft_head import DraftHead
+from .graph_runner import GraphRunner
 from .image_rows import ImageEncoder
 from .sample_lines import SampleLines
 from .step_caches import Pool
@@ -52,6 +53,7 @@ class ModelRunner:
         self._max_rows = max_rows
         self._last = torch.zeros(max_rows, dtype=torch.int64, device=device.torch_device)
         self._step: StepRunner = program.run
+        self._draw: Callable[[StepBatch, Tensor], Tensor | None] = lambda batch, hidden: None
         self._images = ImageEncoder(model, device)
         self._head = DraftHead(model, program, device)
 
@@ -69,6 +71,8 @@ class ModelRunner:
                 raise NotCaptured("this device captures nothing")
             captured = graphs.capture(self._program, self._max_rows, max_tokens, progress)
             self._step, decision = captured
+            if isinstance(self._step, GraphRunner):
+                self._draw = self._step.draw
         except NotCaptured as error:
             if wanted == "on":
                 raise ConfigError(f"--graphs on cannot be had: {error}. Use off.") from None
@@ -120,9 +124,28 @@ class ModelRunner:
         if not len(made.rows):
             tokens, accepted, _ = made.results(batch, np.empty(0, np.int32))
             return {"token_ids": tokens, "accepted": accepted}
+        handles = self._device.to_device(batch.row_ids[made.owners].astype(np.int64))
+        logprobs: dict[str, Any] = {}
+        chosen = self._draw(batch, hidden)
+        if chosen is None:
+            chosen, logprobs = self._choose(batch, hidden, made, handles)
+        # A row without an answer (-1) is failed by the engine; a step already submitted for it
+        # still needs a token that exists.
+        sampled = chosen.clamp(min=0)
+        if batch.draft_counts is None:
+            self._last.index_copy_(0, handles, sampled)
+        tokens, accepted, last = made.results(batch, self._device.to_host(chosen))
+        if batch.draft_counts is not None:
+            where = self._device.to_device(last)
+            self._last.index_copy_(0, handles[where], sampled[where])
+        return {"token_ids": tokens, "accepted": accepted, **logprobs}
+
+    def _choose(
+        self, batch: StepBatch, hidden: Tensor, made: SampleLines, handles: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Op by op: the tokens of all lines, and the log-probabilities that StepResult has."""
         logits = self._model.logits(self._rows_of(hidden, made.places))
         sampling = select_rows(batch.sampling, made.lines)
-        handles = self._device.to_device(batch.row_ids[made.owners].astype(np.int64))
         mask = batch.grammar_mask
         words = None if mask is None else self._device.to_device(mask[made.lines].view(np.int32))
         pending = None
@@ -130,23 +153,12 @@ class ModelRunner:
             waits = self._device.to_device(batch.token_ids[made.places] == LAST_TOKEN)
             pending = torch.where(waits, self._last[handles], -1)
         chosen = self._ops.sample(logits, sampling, words, pending)
-        # A row without an answer (-1) is failed by the engine; a step already submitted for it
-        # still needs a token that exists.
-        sampled = chosen.clamp(min=0)
-        if batch.draft_counts is None:
-            self._last.index_copy_(0, handles, sampled)
         asking = np.flatnonzero(sampling.logprobs >= 0)
-        logprobs = {}
-        if len(asking):
-            total = int(batch.line_start[-1])
-            logprobs = self._row_logprobs(
-                logits, sampled, made.lines, asking, sampling.logprobs, total
-            )
-        tokens, accepted, last = made.results(batch, self._device.to_host(chosen))
-        if batch.draft_counts is not None:
-            where = self._device.to_device(last)
-            self._last.index_copy_(0, handles[where], sampled[where])
-        return {"token_ids": tokens, "accepted": accepted, **logprobs}
+        if not len(asking):
+            return chosen, {}
+        counts, total = sampling.logprobs, int(batch.line_start[-1])
+        sampled = chosen.clamp(min=0)
+        return chosen, self._row_logprobs(logits, sampled, made.lines, asking, counts, total)
 
     def _rows_of(self, hidden: Tensor, rows: I64) -> Tensor:
         if len(rows) == len(hidden):

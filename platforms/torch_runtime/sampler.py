@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...common.ops.draw import halves
 from ...common.ops.sample import LONGEST
 from ..interface_step import SamplingArrays
 
@@ -136,6 +137,35 @@ def _counts(
     return counts
 
 
+def draw(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    draws: Tensor,
+    filtered: bool,
+    *,
+    wide: torch.dtype = torch.float64,
+) -> Tensor:
+    """Contract in `common/ops/draw.py`; draws (R, 2) int32 bit patterns. What runs depends on
+    shapes and `filtered` alone, and nothing is made from host values."""
+    x = torch.nan_to_num(logits, nan=-torch.inf, posinf=1e30, neginf=-torch.inf)
+    best, tokens = x.max(dim=-1)
+    peak = best.clamp(min=-1e30).unsqueeze(1)
+    heat = torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)
+    weights = (x - peak).div_(heat).exp_()
+    if filtered:
+        vocab = x.shape[1]
+        limit = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab).to(torch.int64).unsqueeze(1)
+        share = torch.where(top_p < 1, top_p.to(wide), torch.inf).unsqueeze(1)
+        weights *= _kept(x, peak, weights, limit, share, heat, 0)
+        weights *= weights >= min_p.unsqueeze(1)
+    low, high = draws.unsqueeze(-1).unbind(1)
+    drawn = weights.div_(_exponentials(low, high, x)).argmax(dim=-1)
+    return torch.where(best == -torch.inf, -1, torch.where(temperature > 0, drawn, tokens))
+
+
 def _draw(
     x: Tensor,
     best: Tensor,
@@ -147,25 +177,37 @@ def _draw(
     """The exponential race of the contract. x (N, V) are the logits of `rows` of the sampling
     arrays."""
     best = best.clamp(min=-1e30).unsqueeze(1)  # a row of -inf is refused by the caller
-    weights = (x - best).div_(_column(s.temperature[rows], x)).exp_()
+    heat = _column(s.temperature[rows], x)
+    weights = (x - best).div_(heat).exp_()
     sorting = np.flatnonzero((s.top_k[rows] > 0) | (s.top_p[rows] < 1))
     if len(sorting):
         where = _index(sorting, x)
         part = slice(None) if len(sorting) == len(rows) else where
-        kept = _kept(x[part], best[part], weights[part], s, rows[sorting], wide, shortlist)
+        filters = _filters(s, rows[sorting], x, wide)
+        kept = _kept(x[part], best[part], weights[part], *filters, heat[part], shortlist)
         weights[part] *= kept
     if (s.min_p[rows] > 0).any():
         weights *= weights >= _column(s.min_p[rows], x)  # the best token's weight is 1
-    return weights.div_(_exponentials(s.uniform[rows], x)).argmax(dim=-1)
-
-
-def _exponentials(uniform: NDArray[np.float64], like: Tensor) -> Tensor:
-    """(N, V) float32: what `exponentials` of the contract gives for each draw."""
-    bits = (uniform * 2.0**53).astype(np.int64)
     low, high = (
-        _column(half.astype(np.uint32).view(np.int32), like, torch.int32)
-        for half in (bits & 0xFFFFFFFF, bits >> 32)
+        _column(half.view(np.int32), x, torch.int32)
+        for half in np.ascontiguousarray(halves(s.uniform[rows]).T)
     )
+    return weights.div_(_exponentials(low, high, x)).argmax(dim=-1)
+
+
+def _filters(
+    s: SamplingArrays, rows: NDArray[np.generic], x: Tensor, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(N, 1), (N, 1): how many tokens top-k keeps, and the share that top-p wants, inf = all."""
+    vocab = x.shape[1]
+    top_k = np.where(s.top_k[rows] > 0, np.minimum(s.top_k[rows], vocab), vocab)
+    share = np.where(s.top_p[rows] < 1, s.top_p[rows], np.inf)
+    return _column(top_k, x, torch.int64), _column(share, x, wide)
+
+
+def _exponentials(low: Tensor, high: Tensor, like: Tensor) -> Tensor:
+    """(N, V) float32: what `exponentials` of the contract gives for draws whose 53 bits are `low`
+    and `high`, (N, 1) int32 bit patterns."""
     ids = torch.arange(like.shape[1], dtype=torch.int32, device=like.device)
     h = mix32(mix32(ids * signed(0x9E3779B9) + low) ^ high)
     x = (h.float() + torch.where(h < 0, 2.0**32 + 0.5, 0.5)) * 2.0**-32
@@ -187,17 +229,14 @@ def _kept(
     x: Tensor,
     best: Tensor,
     weights: Tensor,
-    s: SamplingArrays,
-    rows: NDArray[np.generic],
-    wide: torch.dtype,
+    limit: Tensor,
+    share: Tensor,
+    temperature: Tensor,
     shortlist: int,
 ) -> Tensor:
-    """(N, V) bool: what top-k and then top-p keep."""
-    vocab = x.shape[1]
-    top_k = np.where(s.top_k[rows] > 0, np.minimum(s.top_k[rows], vocab), vocab)
-    limit = _column(top_k, x, torch.int64)
-    share = _column(np.where(s.top_p[rows] < 1, s.top_p[rows], np.inf), x, wide)
-    temperature = _column(s.temperature[rows], x)
+    """(N, V) bool: what top-k and then top-p keep; limit and share as `_filters` gives them, the
+    latter in the dtype of sums."""
+    vocab, wide = x.shape[1], share.dtype
     everything = weights.sum(dim=-1, keepdim=True, dtype=wide)
     length = min(shortlist, vocab) if shortlist else vocab
     while True:

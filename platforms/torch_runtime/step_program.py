@@ -102,6 +102,11 @@ class StepProgram:
         hidden: Tensor = self._model(token_ids, positions, self._step(bound), **given)
         return hidden
 
+    def draw(self, hidden: Tensor, *asked: Any) -> Tensor:
+        """The head, and the op `draw` over its logits: hidden (R, width) -> token ids (R,)."""
+        tokens: Tensor = self._ops.draw(self._model.logits(hidden), *asked)
+        return tokens
+
     def draft(
         self, hidden: Tensor, token_ids: Tensor, positions: Tensor, bound: Sequence[Any]
     ) -> Tensor:

@@ -42,6 +42,7 @@ OPS = {
     "page_copy": "paging",
     "page_digest": "paging",
     "sample": "sampling",
+    "draw": "sampling",
     "moe": "moe",
     "moe_experts": "experts",
     "linear": "linear",

@@ -12,9 +12,11 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...common.ops.draw import halves
 from ...common.ops.sample import LONGEST
 from ..interface_step import SamplingArrays
 from ..sampling_rows import select_rows
+from ..torch_runtime.sampler import draw as generic_draw
 from ..torch_runtime.sampler import sample as generic_sample
 from .paging import mix32
 from .tuning import Tuning
@@ -110,7 +112,7 @@ def sample(
     """As `torch_runtime.sampler.sample`."""
     plain = plain_rows(sampling)
     if plain.all():
-        return _race(tuning, logits, sampling, grammar_mask)
+        return _race(tuning, logits, *_asked(sampling, logits), grammar_mask)
     if not plain.any():
         return generic_sample(logits, sampling, grammar_mask, pending)
     result = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
@@ -120,11 +122,18 @@ def sample(
         words, waiting = (None if x is None else x[rows] for x in (grammar_mask, pending))
         some = select_rows(sampling, chosen)
         if is_plain:
-            tokens = _race(tuning, logits[rows], some, words)
+            tokens = _race(tuning, logits[rows], *_asked(some, logits), words)
         else:
             tokens = generic_sample(logits[rows], some, words, waiting)
         result.index_copy_(0, rows, tokens)
     return result
+
+
+def _asked(s: SamplingArrays, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Temperatures (R,), and the draws' halves (R, 2) as int32 bit patterns, on the device."""
+    arrays = s.temperature, halves(s.uniform).view(np.int32)
+    heat, draws = (torch.from_numpy(x).to(like.device, non_blocking=True) for x in arrays)
+    return heat, draws
 
 
 def plain_rows(s: SamplingArrays) -> NDArray[np.bool_]:
@@ -135,15 +144,29 @@ def plain_rows(s: SamplingArrays) -> NDArray[np.bool_]:
     return ~adjusted & (~filtered | (s.temperature == 0))
 
 
-def _race(tuning: Tuning, logits: Tensor, s: SamplingArrays, grammar_mask: Tensor | None) -> Tensor:
+def draw(
+    tuning: Tuning,
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    draws: Tensor,
+    filtered: bool,
+) -> Tensor:
+    """As `torch_runtime.sampler.draw`, which has the filters."""
+    if filtered:
+        return generic_draw(logits, temperature, top_k, top_p, min_p, draws, filtered)
+    return _race(tuning, logits, temperature, draws, None)
+
+
+def _race(
+    tuning: Tuning, logits: Tensor, heat: Tensor, draws: Tensor, grammar_mask: Tensor | None
+) -> Tensor:
     rows, vocab = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if not rows:
         return out
-    bits = (s.uniform * 2.0**53).astype(np.int64)
-    halves = np.stack([bits & 0xFFFFFFFF, bits >> 32], axis=1)
-    draws = torch.from_numpy(halves).to(logits.device, non_blocking=True)
-    heat = torch.from_numpy(s.temperature).to(logits.device, non_blocking=True)
     words = out if grammar_mask is None else grammar_mask
     sample_kernel[(rows,)](
         logits,

@@ -32,7 +32,7 @@ KERNELS = [kernel for kernel in triton_registry().kernels() if kernel.op not in 
 def dtypes(op: str) -> list[str]:
     """The interpreter multiplies bfloat16 by its bit patterns. Some ops take the same inputs
     whatever the dtype of the model, and products of experts take long here."""
-    if op in PRODUCTS or op in ("sample", "page_digest"):
+    if op in PRODUCTS or op in ("sample", "draw", "page_digest"):
         return ["float32"]
     return list(DTYPES)
 

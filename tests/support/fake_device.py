@@ -193,6 +193,8 @@ class FakeExecutor:
         for bucket in self.buckets:
             with self._fake():
                 Recording(bucket.work)
+                for draw in bucket.draw.works.values():
+                    Recording(draw)
         return len(self.buckets)
 
     @property

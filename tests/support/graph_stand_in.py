@@ -167,7 +167,8 @@ class StandInGraphs:
         for recording in self.recordings:
             recording.poison()
         for bucket in self.runner.buckets if self.runner else ():
-            for tensor in [bucket.inputs, *tensors_of(bucket.reserved)]:
+            draw = [bucket.draw.hidden, bucket.draw.floats, bucket.draw.ints]
+            for tensor in [bucket.inputs, *draw, *tensors_of(bucket.reserved)]:
                 poison(tensor)
 
 

@@ -23,6 +23,7 @@ from sixfold.common.errors import ConfigError
 from sixfold.platforms.cpu.device import CpuDevice
 from sixfold.platforms.interface import EngineSpec
 from sixfold.platforms.interface_step import LAST_TOKEN, StepBatch, StepResult
+from sixfold.platforms.torch_runtime.captured_draw import CapturedDraw, DrawPlan
 from sixfold.platforms.torch_runtime.executor import TorchExecutor
 from sixfold.platforms.torch_runtime.graph_runner import bucket_sizes
 
@@ -106,6 +107,18 @@ def decided(made: TorchExecutor) -> Any:
     return {d.what: d for d in made.load().decisions}["step"]
 
 
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0, "logprobs": 3},
+    {"temperature": 0.8, "uniform": 0.3},
+]
+DRAWN: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.9, "uniform": 0.7},
+    {"temperature": 0.7, "top_k": 5, "uniform": 0.2},
+    {"temperature": 1.3, "top_p": 0.6, "min_p": 0.02, "uniform": 0.9},
+]
+
+
 def traffic(driver: Driver, steps: int, seed: int = 3) -> Iterator[StepBatch]:
     """Rows begin with a prompt, decode, and end; a new row takes over handle and pages. Prompts
     are steps of their own; the others have between one and all rows, in any order."""
@@ -119,8 +132,8 @@ def traffic(driver: Driver, steps: int, seed: int = 3) -> Iterator[StepBatch]:
             params = [{"temperature": 0.0, "logprobs": 3}]
             yield driver.batch([(handle, prompt)], params=params)
         chosen = rng.permutation(sorted(alive))[: int(rng.integers(1, len(alive) + 1))]
-        greedy = [{"temperature": 0.0, "logprobs": 3}, {"temperature": 0.8, "seed": 1}]
-        params = [greedy[int(row) % 2] for row in chosen]
+        kinds = MIXED if step % 2 else DRAWN
+        params = [kinds[int(row) % len(kinds)] for row in chosen]
         yield driver.batch([(int(row), [LAST_TOKEN]) for row in chosen], params=params)
         for handle in list(alive):
             alive[handle] += 1
@@ -158,7 +171,7 @@ def test_replays_equal_the_same_code_uncaptured_and_steps_run_op_by_op() -> None
     captured, uncaptured = StandInGraphs(), StandInGraphs(captures=False)
     replayed, direct = (serve(executor(s), s) for s in (captured, uncaptured))
     plain = serve(executor(None), None)
-    assert len(captured.recordings) == len(bucket_sizes(ROWS)) == 5
+    assert len(captured.recordings) == 3 * len(bucket_sizes(ROWS)) == 15  # a step, two draws
     compared = 0
     for got, same, free in zip(replayed, direct, plain, strict=True):
         np.testing.assert_array_equal(got.token_ids, same.token_ids)
@@ -168,7 +181,7 @@ def test_replays_equal_the_same_code_uncaptured_and_steps_run_op_by_op() -> None
         np.testing.assert_array_equal(got.logprobs, same.logprobs)
         np.testing.assert_allclose(got.logprobs, free.logprobs, atol=1e-5)
         compared += int(np.isfinite(got.logprobs).sum())
-    assert compared > 30
+    assert compared > 15
 
 
 @pytest.mark.parametrize("config", [STATES, LATENTS], ids=lambda c: c["model_type"])
@@ -177,8 +190,26 @@ def test_generic_kernels_of_states_and_latents_are_captured(config: dict[str, An
     stand_in = StandInGraphs()
     replayed = serve(executor(stand_in, config=config), stand_in, 12)
     plain = serve(executor(None, config=config), None, 12)
-    assert len(stand_in.recordings) == 5
+    assert len(stand_in.recordings) == 15
     for got, free in zip(replayed, plain, strict=True):
+        np.testing.assert_array_equal(got.token_ids, free.token_ids)
+
+
+def test_filtered_sampling_is_drawn_inside_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the traffic's steps of decoding rows those with log-probabilities alone are not."""
+    used: list[bool] = []
+    run = CapturedDraw.run
+
+    def counted(self: CapturedDraw, plan: DrawPlan, hidden: torch.Tensor) -> torch.Tensor:
+        used.append(plan.filtered)
+        return run(self, plan, hidden)
+
+    monkeypatch.setattr(CapturedDraw, "run", counted)
+    stand_in = StandInGraphs()
+    replayed = serve(executor(stand_in), stand_in)
+    assert 8 < len(used) < len(replayed)
+    assert set(used) == {False, True}
+    for got, free in zip(replayed, serve(executor(None), None), strict=True):
         np.testing.assert_array_equal(got.token_ids, free.token_ids)
 
 
@@ -218,7 +249,8 @@ def test_large_buckets_are_captured_first_and_each_is_told() -> None:
     made.close()
     counted = [(done, total) for done, total, stage in told if stage == "capturing decode steps"]
     assert counted == [(n, 5) for n in range(1, 6)]
-    assert [len(recording.result) for recording in stand_in.recordings] == [12, 8, 4, 2, 1]
+    steps = stand_in.recordings[::3]
+    assert [len(recording.result) for recording in steps] == [12, 8, 4, 2, 1]
     assert decision.chosen == "captured"
     assert "1, 2, 4, 8, 12 rows" in decision.because
 

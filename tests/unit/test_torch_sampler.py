@@ -137,7 +137,7 @@ def refuse(*_: object) -> None:
 
 def test_filters_read_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a row asks for is in host arrays, which are copied to the device before they are used:
-    so a step is submitted without waiting, but its sampling is not part of a recording."""
+    so a step is submitted without waiting. `draw`, which recordings hold, has them there."""
     rng = np.random.default_rng(5)
     rows, vocab = 16, 211
     logits = rng.standard_normal((rows, vocab)).astype(np.float32) * 3
