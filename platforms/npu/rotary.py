@@ -36,8 +36,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     heads, rotary = q.shape[1], 2 * cos.shape[-1]
     both = torch.cat((q, k), dim=1)
     if both.numel():
-        whole = (torch.cat((part, part), dim=-1) for part in (cos, sin))
-        turned = _turned(both[..., :rotary], *whole, mode="half")
+        cosines, sines = (torch.cat((part, part), dim=-1) for part in (cos, sin))
+        turned = _turned(both[..., :rotary], cosines, sines, "half")
         both = torch.cat((turned, both[..., rotary:]), dim=-1)
     return both[:, :heads], both[:, heads:]
 
@@ -59,8 +59,10 @@ def interleaved_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False)
     if not x.numel():
         return torch.empty_like(x)
     rest = x.shape[-1] - 2 * cos.shape[-1]
-    pairs = (part.repeat_interleave(2, dim=-1) for part in (cos, -sin if inverse else sin))
-    return torch.cat((x[..., :rest], _turned(x[..., rest:], *pairs, mode="interleave")), dim=-1)
+    parts = cos, -sin if inverse else sin
+    cosines, sines = (part.repeat_interleave(2, dim=-1) for part in parts)
+    turned = _turned(x[..., rest:], cosines, sines, "interleave")
+    return torch.cat((x[..., :rest], turned), dim=-1)
 
 
 def _requires(facts: DeviceFacts, problem: Problem) -> str | None:

@@ -58,9 +58,14 @@ def device_facts(device: Accelerator, machine: Machine) -> DeviceFacts:
         lane_width=8 if device.arch == "dg2" else 16,  # native SIMD of the vector engine
         dtypes=frozenset({"float32", "float16", "bfloat16", "int8"}),
         fp8="none",
-        graphs="none",
+        graphs="stream" if _has_graphs(machine) else "none",
         libraries={"torch": machine.packages.get("torch", ""), "driver": device.driver},
     )
+
+
+def _has_graphs(machine: Machine) -> bool:
+    """`torch.xpu.XPUGraph`, which was seen in torch 2.13."""
+    return numbers(machine.packages.get("torch", "0"))[:2] >= (2, 13)
 
 
 def driver_lacks(machine: Machine, devices: list[Accelerator]) -> list[Lack]:

@@ -4,13 +4,32 @@ driver of an integrated GPU may not tell how much memory is free."""
 from __future__ import annotations
 
 import psutil
+import torch
 
 from ...common.errors import PlatformError
 from ..interface import Decision, Status, Support
 from ..torch_runtime.device import TorchDevice
+from ..torch_runtime.graph_runner import Work
+from ..torch_runtime.step_program import NotCaptured
+from ..torch_runtime.stream_graphs import StreamGraphs
+
+
+class XPUGraphs(StreamGraphs):
+    def record(self, work: Work) -> Work:
+        """Raises NotCaptured: whether a driver can record shows only when it is asked to."""
+        try:
+            return super().record(work)
+        except RuntimeError as error:
+            raise NotCaptured(f"this GPU's driver records no {self._kind}: {error}") from error
 
 
 class XPUDevice(TorchDevice):
+    @property
+    def graphs(self) -> XPUGraphs | None:
+        if self.facts.graphs == "none":
+            return None
+        return XPUGraphs(self.torch_device, torch.xpu, "XPUGraph")
+
     @property
     def collectives(self) -> str:
         return "xccl"

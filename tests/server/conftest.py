@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import Launcher, Running, install_emulated
+from serving import HOSTED, Launcher, Running, install_hosted
 from tiny_babbler import write_babbler
 from toy_checkpoint import write_toy_checkpoint
 
@@ -18,8 +18,8 @@ from toy_checkpoint import write_toy_checkpoint
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory, platform: str) -> Iterator[Launcher]:
     launcher = Launcher(tmp_path_factory.mktemp("serving"))
-    if platform == "emulated_npu":
-        install_emulated(launcher.folder / "env")
+    if platform in HOSTED:
+        install_hosted(launcher.folder / "env", platform)
     yield launcher
     launcher.close()
 
@@ -65,7 +65,7 @@ def model_arguments(
     or the demo model anywhere else."""
     if platform == "toy":
         return [str(toy_model), "--platform", platform]
-    if platform == "emulated_npu":
+    if platform in HOSTED:
         tiny = write_babbler(tmp_path_factory.mktemp("models") / "tiny", max_context=1024)
         return [str(tiny), "--platform", platform, "--threads", "1", "--cache-tokens", "16384"]
     # A short context keeps the tests at its limit quick.

@@ -140,12 +140,19 @@ def _install_faulty(folder: Path) -> None:
     _declare(folder, "faulty", "faulty_platform:FaultyPlatform")
 
 
-def install_emulated(folder: Path) -> None:
-    """The npu platform over the emulator of torch_npu. Declared only where it is asked for: it
-    imports torch."""
-    source = Path(__file__).parent / "emulated_npu"
-    (folder / source.name).symlink_to(source)
-    _declare(folder, "emulated_npu", "emulated_npu.platform:PLATFORM")
+HOSTED = {
+    "emulated_npu": "support.emulated_npu.platform:PLATFORM",
+    "interpreted_xpu": "support.interpreted_xpu:PLATFORM",
+}
+"""Platforms of devices that are not here: name -> where it is. They serve a tiny model."""
+
+
+def install_hosted(folder: Path, name: str) -> None:
+    """Declared only where it is asked for: it imports torch."""
+    source = Path(__file__).parent
+    if not (folder / source.name).exists():
+        (folder / source.name).symlink_to(source)
+    _declare(folder, name, HOSTED[name])
 
 
 def _declare(folder: Path, name: str, platform: str) -> None:

@@ -339,6 +339,11 @@ def test_forms_that_triton_has_none_for_are_refused() -> None:
         ("amd_mi300x", {"fp8": "fnuz", "lane_width": 64, "graphs": "stream"}),
         ("amd_mi355x", {"fp8": "ocp", "lane_width": 64, "graphs": "stream"}),
         ("amd_radeon_gfx1100", {"fp8": "none", "lane_width": 32, "graphs": "stream"}),
+        ("ascend_910b", {"fp8": "none", "lane_width": 64, "graphs": "tasks", "arch": (910,)}),
+        ("ascend_910c", {"fp8": "none", "lane_width": 64, "graphs": "tasks", "arch": (910,)}),
+        ("intel_arc_b580", {"fp8": "none", "lane_width": 16, "graphs": "stream", "arch": (20, 1)}),
+        ("intel_arc_b70", {"fp8": "none", "lane_width": 16, "graphs": "stream", "arch": (20, 1)}),
+        ("intel_max_1550", {"fp8": "none", "lane_width": 16, "graphs": "stream", "arch": (12, 60)}),
     ],
 )
 def test_facts_that_kernels_ask_for(machine: str, facts: dict[str, Any]) -> None:
@@ -349,7 +354,7 @@ def test_facts_that_kernels_ask_for(machine: str, facts: dict[str, Any]) -> None
 
 # ---- npu
 
-OF_LIBRARY = ("rms_norm", "add_rms_norm", "silu_mul")
+OF_LIBRARY = ("rms_norm", "add_rms_norm", "silu_mul", "rope")
 
 
 @pytest.mark.parametrize("machine", ["ascend_910b", "ascend_910c"])
@@ -357,7 +362,7 @@ def test_the_vendors_library_serves_both_generations_that_its_pages_name(machine
     choices = Choices(facts_of(machine))
     assert choices.attention == "fused_infer"
     assert choices.provider(*OF_LIBRARY) == {"torch_npu"}
-    assert choices.provider("rope", "embedding", "linear", "sample") == {"generic"}
+    assert choices.provider("embedding", "linear", "sample") == {"generic"}
     packed = Choices(facts_of(machine), quantize="stored", stored=stored("int8_channel"))
     assert packed.of("linear").chosen == "torch_npu"
     lower = ("torch_npu_w8a8", "lower priority than torch_npu")

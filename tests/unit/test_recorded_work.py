@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,9 @@ from support.recorded_machines import load
 
 from sixfold.platforms import select
 from sixfold.platforms.interface import EngineSpec
+from sixfold.platforms.torch_runtime.step_program import NotCaptured
 from sixfold.platforms.torch_runtime.stream_graphs import StreamGraphs
+from sixfold.platforms.xpu.device import XPUDevice, XPUGraphs
 
 
 def test_a_recording_runs_on_the_same_memory() -> None:
@@ -112,14 +115,33 @@ def test_a_stream_is_recorded_after_rehearsals_into_one_pool() -> None:
     assert library.notes[-2:] == ["replay", "replay"]
 
 
-@pytest.mark.parametrize("name", ["nvidia_h100", "amd_mi300x"])
-def test_gpus_record_streams(name: str) -> None:
-    kind = "cuda" if name == "nvidia_h100" else "rocm"
+@pytest.mark.parametrize(
+    ("name", "kind", "library"),
+    [
+        ("nvidia_h100", "cuda", torch.cuda),
+        ("amd_mi300x", "rocm", torch.cuda),
+        ("intel_arc_b580", "xpu", torch.xpu),
+    ],
+)
+def test_gpus_record_streams(name: str, kind: str, library: Any) -> None:
     facts = select.probe_all(load(name)[0])[kind].devices[0]
     made = select.platforms()[kind].executor(EngineSpec("model"), facts)
     graphs = made._device.graphs  # type: ignore[attr-defined]
     made.close()
     assert facts.graphs == "stream"
     assert isinstance(graphs, StreamGraphs)
-    assert graphs._library is torch.cuda
-    assert {"graph", "graph_pool_handle", graphs._kind} <= set(dir(torch.cuda))
+    assert graphs._library is library
+    assert {"graph", "graph_pool_handle", graphs._kind} <= set(dir(library))
+
+
+def test_an_intel_gpu_without_graphs_says_why() -> None:
+    facts = select.probe_all(load("intel_arc_b580")[0])["xpu"].devices[0]
+    assert XPUDevice(replace(facts, graphs="none"), "xpu:0").graphs is None
+
+    class Refuses(Library):
+        def graph(self, graph: Any, pool: str, **options: Any) -> Any:
+            raise RuntimeError("device does not support command graphs")
+
+    graphs = XPUGraphs(torch.device("cpu"), Refuses(), "CUDAGraph")
+    with pytest.raises(NotCaptured, match="records no CUDAGraph: device does not support command"):
+        graphs.record(lambda: torch.zeros(2))

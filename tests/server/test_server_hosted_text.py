@@ -1,0 +1,58 @@
+"""Guards that devices which are emulated or interpreted serve the text that the CPU serves: the npu
+platform over the emulator of torch_npu, the xpu platform with Triton's kernels interpreted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from serving import Launcher, Running, install_hosted
+from tiny_babbler import write_babbler
+
+PROMPTS = ("The first card", "An other, longer prompt: " + "one page and more. " * 8)
+TINY = ("--dtype", "float16", "--threads", "1", "--cache-tokens", "4096", "--max-context", "512")
+DEMO = ("--dtype", "float32", "--threads", "2", "--cache-tokens", "2048", "--max-context", "512")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_babbler(tmp_path_factory.mktemp("models") / "tiny", max_context=512)
+
+
+def answers(server: Running, tokens: int) -> list[str]:
+    client = server.openai()
+    made = [
+        client.completions.create(
+            model=server.model, prompt=prompt, max_tokens=tokens, temperature=0.0
+        )
+        for prompt in PROMPTS
+    ]
+    return [answer.choices[0].text for answer in made]
+
+
+def text_of(launcher: Launcher, platform: str, *arguments: str | Path, tokens: int) -> list[str]:
+    server = launcher.start(*arguments, "--platform", platform)
+    try:
+        return answers(server, tokens)
+    finally:
+        server.terminate()
+        server.exit_code()
+
+
+@pytest.mark.parametrize(
+    "hosted", ["emulated_npu", pytest.param("interpreted_xpu", marks=pytest.mark.wide)]
+)
+def test_text_is_the_cpus(hosted: str, launcher: Launcher, tiny: Path) -> None:
+    install_hosted(launcher.folder / "env", hosted)
+    plain = ("--kernel", "linear=generic", "--kernel", "attention=sdpa")
+    want = text_of(launcher, "cpu", tiny, *TINY, *plain, tokens=8)
+    assert all(want)
+    assert text_of(launcher, hosted, tiny, *TINY, tokens=8) == want
+
+
+@pytest.mark.wide
+def test_the_demo_models_text_is_the_cpus(launcher: Launcher) -> None:
+    """In float32, whose sums differ least."""
+    install_hosted(launcher.folder / "env", "emulated_npu")
+    want = text_of(launcher, "cpu", *DEMO, tokens=12)
+    assert text_of(launcher, "emulated_npu", *DEMO, tokens=12) == want
