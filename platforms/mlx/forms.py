@@ -46,7 +46,7 @@ def attention_in_parts() -> Callable[..., mx.array]:
 
 
 def forms(op: str) -> dict[str, Callable[..., Any]]:
-    other = {"attention": attention_in_parts(), "silu_mul": softmax_attention.gate}
+    other = {"attention": attention_in_parts(), "silu_mul": softmax_attention.silu_mul}
     return {OWN: SHARED[op], PARTS: other[op]}
 
 

@@ -5,6 +5,8 @@ Storage is head by head: keys (heads * S, dim), see `common/ops/page_gather.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from ...common.ops.page_digest import SEED, STRIDE
@@ -44,6 +46,19 @@ def page_digest(pool: mx.array, pages: mx.array) -> mx.array:
     return mx.stack([a.sum(axis=1), mix32(a + k).sum(axis=1)], axis=1)
 
 
+def fused(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: mx.array,
+    sinks: mx.array | None,
+) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(
+        queries, keys, values, scale=scale, mask=mask, sinks=sinks
+    )
+
+
 def paged_attention(
     q: mx.array,
     keys: mx.array,
@@ -55,7 +70,9 @@ def paged_attention(
     scale: float,
     window: int = 0,
     sinks: mx.array | None = None,
+    attend: Callable[..., mx.array] = fused,
 ) -> mx.array:
+    """`attend`: softmax attention over what was gathered."""
     if not len(q):
         return mx.zeros((*q.shape[:2], values.shape[1]), q.dtype)
     found, found_values = page_gather(keys, values, pages, kv_heads, page_size)
@@ -67,12 +84,6 @@ def paged_attention(
     # What is hidden gets the weight 0, which a NaN survives.
     every = seen[:, None, :, None]
     found, found_values = (mx.where(every, x, 0.0).astype(x.dtype) for x in (found, found_values))
-    result = mx.fast.scaled_dot_product_attention(
-        q[:, :, None],
-        found,
-        found_values,
-        scale=scale,
-        mask=seen[:, None, None],
-        sinks=None if sinks is None else sinks.astype(q.dtype),
-    )[:, :, 0]
+    sinks = None if sinks is None else sinks.astype(q.dtype)
+    result = attend(q[:, :, None], found, found_values, scale, seen[:, None, None], sinks)[:, :, 0]
     return mx.where((ends > 0)[..., None], result, 0.0).astype(q.dtype)

@@ -7,6 +7,7 @@ MLX computes on this device is checked like any other kernel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,9 @@ from ...common.ops.gated_delta import EPS
 from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
+from . import softmax_attention
+from .forms import PARTS
+from .page_kernels import paged_attention
 
 PROVIDER = "mlx"
 AFFINE = frozenset({"int8_channel", "packed_int4", "awq_int4"})
@@ -155,4 +159,8 @@ def _requires(facts: DeviceFacts, problem: Problem) -> str | None:
 def register_primitives(registry: KernelRegistry) -> None:
     for fn in (rms_norm, layer_norm, silu_mul, gated_delta):
         registry.add(Kernel(fn.__name__, PROVIDER, _requires, fn))
+    # The forms that `forms.py` may choose instead.
+    registry.add(Kernel("silu_mul", PARTS, _requires, softmax_attention.silu_mul))
+    in_parts = partial(paged_attention, attend=softmax_attention.attend)
+    registry.add(Kernel("paged_attention", PARTS, _requires, in_parts))
     registry.add(Kernel("linear", PROVIDER, _requires, linear, prepare=prepare))

@@ -101,6 +101,6 @@ def _shifts(mask: mx.array, groups: int) -> mx.array:
     return added.reshape(*added.shape[:-3], groups, -1, *added.shape[-2:])
 
 
-def gate(x: mx.array, y: mx.array) -> mx.array:
-    """silu(x) * y by a power of two, of whatever shape."""
-    return x / (1.0 + mx.power(2.0, x * -LOG2_E)) * y
+def silu_mul(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up by a power of two, of whatever shape."""
+    return gate / (1.0 + mx.power(2.0, gate * -LOG2_E)) * up

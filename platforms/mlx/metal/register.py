@@ -61,8 +61,8 @@ def decisions(table: KernelTable) -> list[Decision]:
         Decision(
             "decode attention",
             "over gathered pages",
-            "mlx-lm's models hand arrays to mx.fast.scaled_dot_product_attention",
-            (("paged_attention", "nothing of an unmodified model can call it"),),
+            "the function that mlx-lm's models call for attention takes arrays, in either form",
+            (("paged_attention", "no form of attention (kernel attention) takes pages"),),
         ),
         Decision(
             "writes of new keys and values",
