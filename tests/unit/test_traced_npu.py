@@ -76,7 +76,7 @@ def wide(family: str) -> Any:
     return family if family in NARROW else pytest.param(family, marks=pytest.mark.wide)
 
 
-@pytest.mark.parametrize("family", map(wide, FAMILIES))
+@pytest.mark.parametrize("family", [wide(family) for family in FAMILIES])
 def test_every_model_stays_on_the_device(family: str, called: list[str]) -> None:
     made = executor(family)
     if family in READ_LENGTHS:
