@@ -91,6 +91,10 @@ def _attention(backend: Any, device: TorchDevice) -> dict[str, Callable[[], obje
         "256": AttentionSpec(8, 4, 256, 0.1, dtype="bfloat16"),
         "64, float32, soft cap": AttentionSpec(8, 8, 64, 0.1, soft_cap=30.0),
         "80, float32": AttentionSpec(8, 8, 80, 0.1),
+        "128, int8": AttentionSpec(32, 8, 128, 0.1, dtype="bfloat16", kv_dtype="int8"),
+        "64, window, sinks, int8": AttentionSpec(
+            64, 8, 64, 0.1, 128, sinks=True, dtype="bfloat16", kv_dtype="int8"
+        ),
     }
     return {
         f"attention {name}": partial(_attend, backend, device, spec)

@@ -3,13 +3,14 @@ activation. Checkpoints keep experts transposed, gate and up in turns, and mostl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..common.checkpoint.block_floats import Mxfp4Rows, StoredMatrix
 from ..common.checkpoint.fields import Fields
 from ..platforms.interface_attention import AttentionSpec
 from ..platforms.interface_kernels import Problem
@@ -70,7 +71,11 @@ class TransposedStack(ExpertStack):
         super().__init__(experts, parts, n, k, build, "moe_experts")
         self.weight = build.parameter(experts, k, parts * n)
 
-    def prepare(self, stored: Any = None) -> None:
+    def prepare(self, stored: Iterable[StoredMatrix] | None = None) -> None:
+        """`stored`: the matrices of all experts below each other, rows of their parts in turns."""
+        if stored is not None:
+            super().prepare(self._matrices(stored))
+            return
         turned = torch.empty(
             (self.dims["experts"], self.dims["parts"] * self.dims["n"], self.dims["k"]),
             dtype=self.weight.dtype,
@@ -82,6 +87,16 @@ class TransposedStack(ExpertStack):
                 rows.copy_(matrix[:, part::parts].T)
         self.weight = nn.Parameter(turned, requires_grad=False)
         super().prepare()
+
+    def _matrices(self, stored: Iterable[StoredMatrix]) -> Iterator[StoredMatrix]:
+        (whole,) = stored
+        if not isinstance(whole, Mxfp4Rows):
+            raise TypeError(f"a transposed stack is stored as Mxfp4Rows, not {type(whole)}")
+        parts = self.dims["parts"]
+        rows = parts * self.dims["n"]
+        for expert in range(self.dims["experts"]):
+            for part in range(parts):
+                yield whole.rows(slice(expert * rows + part, (expert + 1) * rows, parts))
 
 
 class BiasedExperts(Layer):

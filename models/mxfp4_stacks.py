@@ -1,6 +1,6 @@
 """Weights of a directory whose experts are MXFP4 stacks (GPT-OSS): `<name>_blocks` (experts, n,
-k / 32, 16) and `<name>_scales` (experts, n, k / 32), given as the matrix (experts, k, n) that
-unquantised checkpoints hold by that name, converted expert by expert."""
+k / 32, 16) and `<name>_scales` (experts, n, k / 32). By that name they are the matrix (experts, k,
+n) that unquantised checkpoints hold: given as it is stored, or converted expert by expert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..common.checkpoint.block_floats import MX_GROUP, Mxfp4Rows
+from ..common.checkpoint.block_floats import MX_GROUP, Mxfp4Rows, StoredMatrix
+from ..common.checkpoint.block_scaled import MXFP4
 from ..common.checkpoint.safetensors_index import StoredTensor, read_array
 from ..common.errors import CheckpointError
 from .safetensors_weights import SafetensorsWeights
@@ -51,8 +52,15 @@ class Mxfp4Stacks(SafetensorsWeights):
         return None if name in self._stacks else super().mapped(name, dtype)
 
     def scheme(self, name: str) -> str:
-        """A stack is converted: there is no kernel for one as it lies."""
-        return "" if name in self._stacks else super().scheme(name)
+        return MXFP4 if name in self._stacks else super().scheme(name)
+
+    def quantised(self, name: str) -> StoredMatrix:
+        """Of a stack the experts' matrices (n, k) below each other."""
+        if name not in self._stacks:
+            return super().quantised(name)
+        codes, scales = (read_array(part) for part in self._stacks[name])
+        experts, n, groups = scales.shape
+        return Mxfp4Rows(codes.reshape(experts * n, -1), scales.reshape(experts * n, groups))
 
     def copy_into(self, name: str, target: Tensor) -> None:
         if name not in self._stacks:

@@ -65,6 +65,10 @@ class Mxfp4Rows:
         values *= scales[..., None]
         return values.reshape(rows, columns)
 
+    def rows(self, chosen: slice) -> Mxfp4Rows:
+        """Some of the rows, copied."""
+        return Mxfp4Rows(self.codes[chosen].copy(), self.scales[chosen].copy())
+
 
 StoredMatrix = QuantisedRows | Fp8Blocks | Mxfp4Rows
 """A matrix in a form that a checkpoint stores it in, other than a dtype."""

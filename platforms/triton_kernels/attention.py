@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from ...common.errors import KernelError
+from ..cache_plan import kv_row_bytes
 from ..interface import DeviceFacts
 from ..interface_attention import AttentionSpec
 from ..interface_kv import KVGroup, KVLayout
 from ..interface_step import StepBatch
 from ..torch_runtime.device import TorchDevice
-from ..torch_runtime.dtypes import DTYPES
+from ..torch_runtime.dtypes import DTYPES, KV_DTYPES
 from ..torch_runtime.pools import TorchKVPool
 from .attention_kernels import attention_kernel, merge_kernel
 from .attention_plan import FIELDS, Room, TritonPlan, exact_room, pack, plan_step
+from .int8_pages import STEP_BYTES, write_int8_pages
 from .launch import heads_of
 from .paging import write_pages
 from .tuning import Tile, Tuning, choose, power_of_two, refusal
@@ -84,9 +86,12 @@ class TritonAttention:
 
     def layout(self, group: KVGroup, spec: AttentionSpec, layers: int) -> KVLayout:
         axes = ("layer", "page", "head", "kv", "token", "dim")
-        shape = (layers, group.pages, spec.kv_heads, 2, group.page_size, spec.head_dim)
+        row = (
+            kv_row_bytes(spec.stored_dtype, spec.head_dim) // KV_DTYPES[spec.stored_dtype].itemsize
+        )
+        shape = (layers, group.pages, spec.kv_heads, 2, group.page_size, row)
         self._specs[group.name] = spec
-        return KVLayout(axes, shape, spec.dtype)
+        return KVLayout(axes, shape, spec.stored_dtype)
 
     def plan(self, batch: StepBatch, group: KVGroup) -> TritonPlan:
         return plan_step(batch, group)
@@ -122,7 +127,8 @@ class TritonAttention:
     ) -> Tensor:
         data = pool.data[layer]  # (page, head, kv, token, dim)
         keys, values = data.permute(2, 0, 3, 1, 4).unbind(0)
-        write_pages(self._tuning, keys, values, bound.slots, k, v)
+        write = write_int8_pages if data.dtype == torch.int8 else write_pages
+        write(self._tuning, keys, values, bound.slots, k, v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         tiles, room = self._tiles(pool.group), bound.room
         heads = heads_of(q)
@@ -149,6 +155,7 @@ class TritonAttention:
         attention_kernel[(len(items) // FIELDS, spec.kv_heads, splits)](
             q,
             data,
+            data.view(torch.float32) if data.dtype == torch.int8 else data,
             out,
             bound.partial,
             bound.stats,
@@ -164,6 +171,7 @@ class TritonAttention:
             PAGE_SIZE=data.shape[3],
             WINDOW=spec.window,
             CAPPED=spec.soft_cap != 0,
+            INT8=data.dtype == torch.int8,
             SINKS=sinks is not None,
             SPLITS=splits,
             LEAST=self._tuning.least_blocks,
@@ -232,8 +240,10 @@ def refusals(spec: AttentionSpec, facts: DeviceFacts) -> tuple[str, ...]:
         reasons.append(f"serves {', '.join(DTYPES)}, not {spec.dtype}")
     elif spec.dtype not in facts.dtypes:
         reasons.append(f"{facts.name} does not compute in {spec.dtype}")
-    if spec.stored_dtype != spec.dtype:
-        reasons.append(f"keeps keys and values in {spec.dtype}, not {spec.stored_dtype}")
+    if spec.stored_dtype not in (spec.dtype, "int8"):
+        reasons.append(f"keeps keys and values in {spec.dtype} or int8, not {spec.stored_dtype}")
+    elif spec.stored_dtype == "int8" and spec.head_dim % STEP_BYTES:
+        reasons.append(f"int8 rows of multiples of {STEP_BYTES} numbers, not {spec.head_dim}")
     return tuple(reasons)
 
 

@@ -64,6 +64,7 @@ def attend_block(
     total,
     acc,
     kv_ptr,
+    steps_ptr,
     pages_ptr,
     start,
     first,
@@ -76,12 +77,13 @@ def attend_block(
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    INT8: tl.constexpr,
     FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Keys start .. start + BLOCK_N - 1 join; FULL: every query sees them all. Slots that no query
-    sees are not read."""
+    sees are not read. INT8: a row's step, behind its codes, is a factor of its logit and weight."""
     key = start + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
     if FULL:
@@ -90,10 +92,14 @@ def attend_block(
     else:
         there = (key >= first) & (key < end)
         page = tl.load(pages_ptr + key // PAGE_SIZE, mask=there, other=0).to(tl.int64)
-    at = page * page_stride + key % PAGE_SIZE * DIM
-    at = at[:, None] + column[None, :]
-    k = load_rows(kv_ptr + at, there, column, DIM, FULL, BLOCK_D)
+    ROW: tl.constexpr = DIM + 4 * INT8
+    row_at = page * page_stride + key % PAGE_SIZE * ROW
+    at = row_at[:, None] + column[None, :]
+    k = load_rows(kv_ptr + at, there, column, DIM, FULL, BLOCK_D).to(q.dtype)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if INT8:
+        step_at = steps_ptr + row_at // 4 + DIM // 4
+        logits *= tl.load(step_at, mask=there, other=0.0)[None, :]
     if CAPPED:
         # tanh by the logistic function, twice as steep.
         logits = soft_cap * (2.0 * tl.sigmoid(2.0 * logits / soft_cap) - 1.0)
@@ -107,7 +113,9 @@ def attend_block(
     weights = tl.exp2(logits - most[:, None])
     kept = tl.exp2(best - most)
     total = total * kept + tl.sum(weights, axis=1)
-    v = load_rows(kv_ptr + PAGE_SIZE * DIM + at, there, column, DIM, FULL, BLOCK_D)
+    v = load_rows(kv_ptr + PAGE_SIZE * ROW + at, there, column, DIM, FULL, BLOCK_D).to(q.dtype)
+    if INT8:
+        weights *= tl.load(step_at + PAGE_SIZE * ROW // 4, mask=there, other=0.0)[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
     return most, total, acc
 
@@ -116,6 +124,7 @@ def attend_block(
 def attention_kernel(
     q_ptr,
     kv_ptr,
+    steps_ptr,
     out_ptr,
     partial_ptr,
     stats_ptr,
@@ -132,6 +141,7 @@ def attention_kernel(
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    INT8: tl.constexpr,
     SINKS: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
@@ -140,7 +150,8 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One item, one kv head, one part of the keys. Row m of a tile is query m // GROUP and head
-    m % GROUP of those that share the kv head, so that keys and values are read once for all."""
+    m % GROUP of those that share the kv head, so that keys and values are read once for all.
+    `steps_ptr`: the same memory as float32, for INT8."""
     item = items_ptr + tl.program_id(0) * FIELDS
     count = tl.load(item + COUNT)
     first, end = tl.load(item + FIRST), tl.load(item + END)
@@ -162,22 +173,24 @@ def attention_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     begin = (first // BLOCK_N + part * each) * BLOCK_N
-    page_stride = KV_HEADS * 2 * PAGE_SIZE * DIM
-    kv_ptr += kv_head * 2 * PAGE_SIZE * DIM
+    ROW: tl.constexpr = DIM + 4 * INT8
+    page_stride = KV_HEADS * 2 * PAGE_SIZE * ROW
+    kv_ptr += kv_head * 2 * PAGE_SIZE * ROW
+    steps_ptr += kv_head * 2 * PAGE_SIZE * ROW // 4
     pages_ptr += tl.load(item + PAGES)
     stop = tl.minimum(end, begin + each * BLOCK_N)
     if not WINDOW:
         full = tl.minimum(stop, (tl.load(item + POSITION) + 1) // BLOCK_N * BLOCK_N)
         for start in range(begin, full, BLOCK_N):
             best, total, acc = attend_block(
-                q, best, total, acc, kv_ptr, pages_ptr, start, first, end, place, scale, soft_cap,
-                page_stride, DIM, PAGE_SIZE, WINDOW, CAPPED, True, BLOCK_N, BLOCK_D,
+                q, best, total, acc, kv_ptr, steps_ptr, pages_ptr, start, first, end, place, scale,
+                soft_cap, page_stride, DIM, PAGE_SIZE, WINDOW, CAPPED, INT8, True, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         begin = tl.maximum(begin, full)
     for start in range(begin, stop, BLOCK_N):
         best, total, acc = attend_block(
-            q, best, total, acc, kv_ptr, pages_ptr, start, first, end, place, scale, soft_cap,
-            page_stride, DIM, PAGE_SIZE, WINDOW, CAPPED, False, BLOCK_N, BLOCK_D,
+            q, best, total, acc, kv_ptr, steps_ptr, pages_ptr, start, first, end, place, scale,
+            soft_cap, page_stride, DIM, PAGE_SIZE, WINDOW, CAPPED, INT8, False, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     if (SPLITS == 1) | (parts <= 1):
         sink = tl.full((BLOCK_M,), float("-inf"), tl.float32)

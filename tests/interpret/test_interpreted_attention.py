@@ -220,14 +220,14 @@ def test_a_run_depends_on_the_room_alone_and_makes_only_its_result(
 
 def test_refusals_are_all_told() -> None:
     backend = attention.TritonAttention(cpu_device_of(triton_facts()))
-    spec = AttentionSpec(7, 2, 512, 1.0, dtype="float64", kv_dtype="int8")
+    spec = AttentionSpec(7, 2, 512, 1.0, dtype="float64", kv_dtype="float32")
     facts = triton_facts()
     found = backend.accepts(spec, facts)
     assert found == (
         "7 heads do not divide among 2 kv heads",
         "head sizes up to 256, not 512",
         "serves float32, bfloat16, float16, not float64",
-        "keeps keys and values in float64, not int8",
+        "keeps keys and values in float64 or int8, not float32",
     )
     assert backend.accepts(AttentionSpec(128, 1, 64, 1.0), facts) == (
         "up to 64 heads of a kv head, not 128",

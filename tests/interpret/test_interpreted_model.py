@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from support.kernel_checks import cpu_facts
 from support.tiny_models import Tiny, save
 from support.tiny_torch_model import Driver
@@ -25,9 +27,11 @@ def greedy(
     path: Path,
     device: InterpretedDevice,
     register: Callable[[KernelRegistry], None] | None,
+    **fields: Any,
 ) -> tuple[list[list[int]], ExecutorInfo]:
     """One row whole and one in two chunks, beside one another; then both decode."""
-    spec = EngineSpec(str(path), max_rows=4, max_context=64, page_size=4, cache_tokens=256)
+    sizes = {"max_rows": 4, "max_context": 64, "page_size": 4, "cache_tokens": 256}
+    spec = EngineSpec(str(path), **sizes, **fields)
     executor = TorchExecutor(spec, device, register)
     try:
         info = executor.load()
@@ -64,3 +68,20 @@ def test_a_model_gives_the_same_tokens(tmp_path: Path) -> None:
         "kernel silu_mul",
         "kernel embedding",
     }
+
+
+def test_keys_and_values_in_eight_bits_are_served(tmp_path: Path) -> None:
+    """Of a random model some token may differ by the rounding; most do not."""
+    path = save(Tiny("Llama", {"num_hidden_layers": 2}).model(), tmp_path)
+    device = InterpretedDevice(triton_facts())
+
+    def register(registry: KernelRegistry) -> None:
+        register_triton(registry, device)
+
+    want, _ = greedy(path, device, register)
+    got, info = greedy(path, device, register, kv_dtype="int8")
+    chosen = {d.what: d.chosen for d in info.decisions}
+    assert chosen["kernel attention"] == "triton"
+    assert "int8" in chosen.values()
+    same = np.equal(got, want)
+    assert same.sum() > same.size // 2

@@ -4,15 +4,13 @@ in batches, after prefix hits and preemptions, with any page size; GPT-OSS from 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from support.run_engine import (
     check_crowd,
     check_logprobs,
@@ -20,10 +18,9 @@ from support.run_engine import (
     one_thread,
     torch_executor,
 )
-from support.tiny_experts import MODELS, build, save
+from support.tiny_experts import MODELS, build, save, write_mxfp4
 from support.tiny_qwen3_5 import greedy, logits
 
-from sixfold.common.checkpoint.block_floats import Mxfp4Rows
 from sixfold.common.errors import CheckpointError
 
 NAMES = tuple(MODELS)
@@ -77,29 +74,11 @@ def test_a_crowd_gets_what_each_gets_alone(made: dict[str, tuple[Path, Any]], na
     check_crowd(path, lambda *a: greedy(oracle, *a), 250)
 
 
-def mxfp4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """values (experts, k, n) -> blocks, scales, and the values that they stand for."""
-    rng = np.random.default_rng(0)
-    experts, k, n = values.shape
-    codes = rng.integers(0, 256, (experts, n, k // 32, 16), dtype=np.uint8)
-    scales = rng.integers(121, 126, (experts, n, k // 32), dtype=np.uint8)
-    rows = [Mxfp4Rows(c.reshape(n, -1), s).values().T for c, s in zip(codes, scales, strict=True)]
-    return torch.from_numpy(codes), torch.from_numpy(scales), torch.from_numpy(np.stack(rows))
-
-
 def test_mxfp4_stacks(made: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
     """A stack is what its values are; one without scales, or of another shape, is refused."""
     path, _ = made["gpt_oss"]
     oracle = build("gpt_oss")
-    tensors = load_file(path / "model.safetensors")
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", ".down_proj"))]:
-        blocks, scales, values = mxfp4(tensors.pop(name))
-        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
-        oracle.get_parameter(name).data.copy_(values)
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "model.safetensors")
+    tensors = write_mxfp4(path, tmp_path, oracle)
     prompt = text(40)
     check_logprobs(torch_executor(tmp_path), logits(oracle, prompt), prompt)
     name = "model.layers.0.mlp.experts.down_proj_scales"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from sixfold.common.checkpoint.block_floats import Mxfp4Rows
 
 from .tiny_models import randomised
 
@@ -88,3 +92,28 @@ def save(model: Any, folder: Path) -> Path:
         tensors[f"model.layers.{layers}.enorm.weight"] = torch.ones(model.config.hidden_size)
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def write_mxfp4(path: Path, folder: Path, oracle: Any) -> dict[str, torch.Tensor]:
+    """The checkpoint at `path` in `folder`, its experts random stacks in MXFP4, whose values
+    the oracle is given. The tensors written."""
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", ".down_proj"))]:
+        blocks, scales, values = mxfp4_stack(tensors.pop(name))
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+        oracle.get_parameter(name).data.copy_(values)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def mxfp4_stack(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the shape of `like` (experts, k, n): blocks, scales, and the values that they are."""
+    rng = np.random.default_rng(0)
+    experts, k, n = like.shape
+    codes = rng.integers(0, 256, (experts, n, k // 32, 16), dtype=np.uint8)
+    scales = rng.integers(121, 126, (experts, n, k // 32), dtype=np.uint8)
+    rows = [Mxfp4Rows(c.reshape(n, -1), s).values().T for c, s in zip(codes, scales, strict=True)]
+    return torch.from_numpy(codes), torch.from_numpy(scales), torch.from_numpy(np.stack(rows))
