@@ -7,6 +7,7 @@ from another. So loading, building steps and reading results all happen on one w
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -114,12 +115,8 @@ class MLXExecutor:
         if progress is not None:
             progress(weights, weights)
         threads = self._threads(log)
-        log.extend(arrange(model))
         dtype = compute_dtype(model)
-        forms, chosen = choose(model, DTYPES[dtype], spec.kernels)
-        log.extend(chosen)
-        found = recognise_model(model, DTYPES[dtype], forms)
-        log.extend(found.decisions)
+        found = self._recognised(model, DTYPES[dtype], log)
         kv_dtype = self._kv_dtype(found, log)
         ops = self._kernels(dtype, kv_dtype)
         log.extend((*ops.decisions, *decisions(ops)))
@@ -131,15 +128,9 @@ class MLXExecutor:
         compiled = CompiledSteps(found.model, groups, caches) if compiles else None
         log.extend(set_limits(weights, plan.bytes, self._os_version))
         self._runner = MLXRunner(
-            found.model,
-            groups,
-            caches,
-            ops,
-            spec.max_rows,
-            checkpoint.vocab_size,
-            compiled,
-            threads,
-        )
+            found.model, groups, caches, ops, spec.max_rows, checkpoint.vocab_size,
+            compiled, threads,
+        )  # fmt: skip
         return self._info(checkpoint, plan, dtype, weights, log)
 
     def _device(self, log: DecisionLog) -> None:
@@ -156,6 +147,15 @@ class MLXExecutor:
             return
         mx.disable_compile()
         log.add("fused functions", "not compiled", "on a CPU MLX would run g++ for each of them")
+
+    def _recognised(self, model: Any, dtype: mx.Dtype, log: DecisionLog) -> Recognised:
+        """The model in the forms that are faster here, each layer checked in them."""
+        log.extend(arrange(model))
+        forms, chosen = choose(model, dtype, self._spec.kernels)
+        log.extend(chosen)
+        found = recognise_model(model, dtype, forms)
+        log.extend(found.decisions)
+        return found
 
     def _threads(self, log: DecisionLog) -> ProductThreads | None:
         if on_metal():
