@@ -256,7 +256,9 @@ def _fitted(tile: Tile, spec: AttentionSpec, tuning: Tuning) -> Tile:
     would not fit the shared memory; but rows for all heads of a kv head."""
     block_d, itemsize = _block_d(spec), DTYPES[spec.dtype].itemsize
     group = power_of_two(spec.heads // spec.kv_heads)
-    block_n = min(tile.block_n, max(LEAST_DEPTH, tuning.keys_bytes // (block_d * itemsize)))
+    # Codes of eight bits lie in registers beside what they are widened to.
+    held = itemsize * (2 if spec.stored_dtype == "int8" else 1)
+    block_n = min(tile.block_n, max(LEAST_DEPTH, tuning.keys_bytes // (block_d * held)))
     block_m = min(tile.block_m, max(LEAST_DEPTH, tuning.sums_bytes // (block_d * 4)))
     block_m, stages = max(block_m, group), tile.stages
     each = block_d * itemsize
