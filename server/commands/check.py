@@ -44,7 +44,7 @@ class Report:
     "--op",
     "wanted",
     multiple=True,
-    help="Only this op, with or without the scheme of its weights; may be given several times.",
+    help="Only this op (or several), with or without the scheme of its weights.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.option("--interpret", is_flag=True, help="Run Triton kernels in Triton's interpreter.")
