@@ -7,6 +7,7 @@ hands it the new keys and values; a recurrent mixer reads and writes its arrays 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,19 @@ from .pools import LayerPages, LayerStates
 from .step_plan import PagePlan, StatePlan
 
 
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """What a decode step reads where it lies: the arguments of the op `paged_attention`."""
+
+    keys: mx.array  # (heads * slots, dim), and values
+    values: mx.array
+    pages: mx.array  # (R, P)
+    lengths: mx.array  # (R,) int32, tokens of each row on its pages
+    heads: int
+    page_size: int
+    window: int
+
+
 class PagedCache:
     """Stands in for KVCache and RotatingKVCache. Keys and values are stored in the pages and read
     back from them, never kept anywhere else."""
@@ -25,6 +39,8 @@ class PagedCache:
         self._pages = pages
         self._window = window
         self.plan: PagePlan | None = None
+        # Weak: a cache that held them would keep what every layer of a step gathers.
+        self._given: tuple[weakref.ref[mx.array], ...] = ()
 
     @property
     def offset(self) -> Any:
@@ -36,7 +52,24 @@ class PagedCache:
         (R, H, K, D); the plan's mask hides what is no token of theirs."""
         plan = self._bound
         self._pages.write(plan, keys, values)
-        return self._pages.read(plan)
+        found = self._pages.read(plan)
+        self._given = tuple(weakref.ref(array) for array in found)
+        return found
+
+    def in_place(self, keys: mx.array, values: mx.array, mask: Any) -> InPlace | None:
+        """Where `keys` and `values` lie, for attention of one query a row. None unless they are the
+        very arrays that were fetched last and `mask` is this step's: else they are the model's own
+        and stand for something else."""
+        plan, given = self._bound, tuple(ref() for ref in self._given)
+        if len(given) != 2 or given[0] is not keys or given[1] is not values:
+            return None
+        window = plan.window_of(mask)
+        if window is None:
+            return None
+        pages = plan.index("pages", 1, 0).reshape(plan.pages.shape)
+        return InPlace(
+            *self._pages.arrays, pages, plan.lengths(), self._pages.heads, plan.page_size, window
+        )
 
     def make_mask(
         self, tokens: int, return_array: bool = False, window_size: int | None = None

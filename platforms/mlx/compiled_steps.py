@@ -45,6 +45,13 @@ class TracedPages:
             self._made[window] = seen_by(self.offset[:, None], self._base, keys, window)
         return self._made[window]
 
+    def window_of(self, mask: Any) -> int | None:
+        windows = (key for key, made in self._made.items() if made is mask)
+        return next((window for window in windows if isinstance(window, int)), None)
+
+    def lengths(self) -> mx.array:
+        return self.offset + 1 - self._base
+
     def index(self, name: str, heads: int, stride: int) -> mx.array:
         key = (name, heads, stride)
         if key not in self._made:

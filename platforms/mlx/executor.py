@@ -25,7 +25,7 @@ from ..interface import (
     Status,
     Support,
 )
-from ..interface_kernels import KernelTable, Problem
+from ..interface_kernels import Kernel, KernelTable, Problem
 from ..interface_kv import KVKind
 from ..interface_step import StepBatch, StepResult
 from ..judgement import SERVED
@@ -37,6 +37,7 @@ from .loading import DTYPES, compute_dtype, load_model, weight_bytes
 from .matrices import arrange
 from .memory import on_metal, set_limits, working_set
 from .metal.register import decisions
+from .paged_decode import OP as PAGED
 from .pools import LayerPages, LayerStates, MLXPages
 from .product_threads import ProductThreads, product_threads
 from .recognise import Recognised, recognise_model
@@ -116,10 +117,14 @@ class MLXExecutor:
             progress(weights, weights)
         threads = self._threads(log)
         dtype = compute_dtype(model)
-        found = self._recognised(model, DTYPES[dtype], log)
+        registry = KernelRegistry()
+        register(registry)
+        paged = self._kernels(registry, [Problem(PAGED, dtype)])
+        found = self._recognised(model, DTYPES[dtype], paged.kernels[PAGED], log)
         kv_dtype = self._kv_dtype(found, log)
-        ops = self._kernels(dtype, kv_dtype)
-        log.extend((*ops.decisions, *decisions(ops)))
+        problems = [*(Problem(op, dtype) for op in OPS), Problem("page_gather", kv_dtype)]
+        ops = self._kernels(registry, problems)
+        log.extend((*paged.decisions, *ops.decisions, *decisions(paged, ops)))
         needs = group_needs([layer.need for layer in found.layers], KINDS)
         budget = self._budget(weights)
         plan = CachePlanner(spec, needs, kv_dtype, checkpoint.context_length, budget, log).plan()
@@ -148,10 +153,12 @@ class MLXExecutor:
         mx.disable_compile()
         log.add("fused functions", "not compiled", "on a CPU MLX would run g++ for each of them")
 
-    def _recognised(self, model: Any, dtype: mx.Dtype, log: DecisionLog) -> Recognised:
+    def _recognised(
+        self, model: Any, dtype: mx.Dtype, paged: Kernel, log: DecisionLog
+    ) -> Recognised:
         """The model in the forms that are faster here, each layer checked in them."""
         log.extend(arrange(model))
-        forms, chosen = choose(model, dtype, self._spec.kernels)
+        forms, chosen = choose(model, dtype, self._spec.kernels, paged)
         log.extend(chosen)
         found = recognise_model(model, dtype, forms)
         log.extend(found.decisions)
@@ -211,11 +218,9 @@ class MLXExecutor:
             return (total - weights) // 2, f"half of what the weights leave of {because}"
         return (total - weights) // CACHE_SHARE, f"a quarter of what the weights leave of {because}"
 
-    def _kernels(self, dtype: str, kv_dtype: str) -> KernelTable:
-        registry = KernelRegistry()
-        register(registry)
-        problems = [*(Problem(op, dtype) for op in OPS), Problem("page_gather", kv_dtype)]
-        named = {op: form for op, form in self._spec.kernels.items() if op not in SHARED}
+    def _kernels(self, registry: KernelRegistry, problems: list[Problem]) -> KernelTable:
+        elsewhere = {*SHARED, PAGED, *OPS, "page_gather"} - {problem.op for problem in problems}
+        named = {op: form for op, form in self._spec.kernels.items() if op not in elsewhere}
         return registry.resolve(problems, self._facts, named, self._spec.strict)
 
     def _kv_dtype(self, found: Recognised, log: DecisionLog) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 
 from ...common.errors import KernelError
 from ..interface import Decision
-from . import softmax_attention
+from ..interface_kernels import Kernel
+from . import paged_decode, softmax_attention
 from .substitution import SHARED, Substitution, called
 
 OWN = "mlx-lm"
@@ -51,12 +52,14 @@ def forms(op: str) -> dict[str, Callable[..., Any]]:
 
 
 def choose(
-    model: Any, dtype: mx.Dtype, wanted: Mapping[str, str]
+    model: Any, dtype: mx.Dtype, wanted: Mapping[str, str], paged: Kernel
 ) -> tuple[Substitution, list[Decision]]:
-    """The forms of what this model calls. `wanted`: those that the user names. Raises KernelError
-    when a named form does not exist or the model does not call the op."""
+    """The forms of what this model calls. `wanted`: those that the user names; `paged`: the kernel
+    of `paged_attention`. Raises KernelError when a named form does not exist or the model does not
+    call the op."""
     used = sorted(called(model))
-    for op in wanted.keys() & SHARED.keys() - set(used):
+    serving = {*used, paged_decode.OP} if "attention" in used else {*used}
+    for op in (wanted.keys() & {*SHARED, paged_decode.OP}) - serving:
         raise KernelError(
             f"--kernel {op}={wanted[op]}: this model's files call no function of mlx-lm for it; "
             f"they call: {', '.join(used) or 'none'}."
@@ -68,6 +71,12 @@ def choose(
         decisions.append(decision)
         if name != OWN:
             chosen[op] = ways[name]
+    if "attention" in used:
+        gathered = chosen.get("attention", SHARED["attention"])
+        decode, decision = paged_decode.choose(paged, gathered, dtype, wanted, fastest, GAIN)
+        decisions.append(decision)
+        if decode is not None:
+            chosen["attention"] = decode
     return Substitution(model, chosen), decisions
 
 

@@ -106,6 +106,19 @@ class PagePlan:
         query = mx.array((rows.context[:, None] + np.arange(width)).astype(np.int32))
         return seen_by(query, mx.array(self.base.astype(np.int32)), keys, window)
 
+    def window_of(self, mask: Any) -> int | None:
+        """The window that this plan made `mask` for, 0: none. None: it made no such mask."""
+        if mask is None:
+            return 0 if self.length is not None else None
+        return next((key[0] for key, made in self._masks.items() if made is mask), None)
+
+    def lengths(self) -> mx.array:
+        """(R,) int32: tokens of each row from the first key read to its newest."""
+        if "lengths" not in self._indices:
+            ends = self._rows.context + self._rows.counts - self.base
+            self._indices["lengths"] = mx.array(ends.astype(np.int32))
+        return self._indices["lengths"]
+
     def index(self, name: str, heads: int, stride: int) -> mx.array:
         """`slots`, `begun` or `pages` for every head of a pool whose heads are `stride` apart:
         (heads * n,) in order of heads."""

@@ -230,8 +230,11 @@ def test_on_metal_a_kernel_that_differs_is_not(emulator: Emulator) -> None:
 # ---- a whole model
 
 
-def served(path: Path, prompts: list[list[int]]) -> tuple[list[list[int]], ExecutorInfo]:
-    spec = EngineSpec(str(path), max_rows=8, max_context=128, page_size=4)
+def served(
+    path: Path, prompts: list[list[int]], paged: bool = False
+) -> tuple[list[list[int]], ExecutorInfo]:
+    named = {"paged_attention": "metal"} if paged else {}
+    spec = EngineSpec(str(path), max_rows=8, max_context=128, page_size=4, kernels=named)
     device = MLXExecutor(spec, ON_METAL)
     try:
         info = device.load()
@@ -249,12 +252,16 @@ def test_a_model_over_emulated_kernels_gives_the_same_tokens(
     prompts = [np.random.default_rng(n).integers(0, VOCAB, n).tolist() for n in (5, 11, 3)]
     monkeypatch.setattr(executor, "register", partial(register, launcher=emulator.launch))
     before = emulator.launches
-    tokens, info = served(path, prompts)
+    tokens, info = served(path, prompts, paged=True)
     assert tokens == own_greedy(path, prompts, 12)
-    assert emulator.launches - before > 24
+    assert emulator.launches - before > 24 + 2 * 11  # a layer's attention in each decode step
     said = {d.what: d for d in info.decisions}
     assert said["kernel page_gather"].chosen == said["kernel sample"].chosen == "metal"
-    assert said["Metal kernels"].chosen == "page_gather, sample"
+    assert said["Metal kernels"].chosen == "page_gather, paged_attention, sample"
+    assert (said["kernel paged_attention"].chosen, said["decode attention"].chosen) == (
+        "metal",
+        "in pages",
+    )
     assert "never run on an Apple GPU" in said["Metal kernels"].because
 
 
@@ -267,4 +274,5 @@ def test_a_device_on_which_they_fail_serves_without_them(tmp_path: Path) -> None
     (refused,) = said["kernel page_gather"].rejected
     assert "fails on this device, case 'one_row': RuntimeError: [metal_kernel] No M" in refused[1]
     assert said["Metal kernels"].chosen == "none"
-    assert said["decode attention"].rejected[0][0] == "paged_attention"
+    assert said["kernel paged_attention"].chosen == "generic"
+    assert said["decode attention"].chosen == "over gathered pages"

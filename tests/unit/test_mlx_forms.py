@@ -17,12 +17,15 @@ from support.tiny_mlx import build
 
 from sixfold.common.errors import CheckpointError, ConfigError, KernelError
 from sixfold.common.ops.attention import TOLERANCE
+from sixfold.platforms.interface_kernels import Kernel
 from sixfold.platforms.mlx import forms, matrices, product_threads, softmax_attention
+from sixfold.platforms.mlx.page_kernels import paged_attention
 from sixfold.platforms.mlx.recognise import recognise_model
 from sixfold.platforms.mlx.softmax_attention import BLOCK, attend
 from sixfold.platforms.mlx.substitution import Substitution, called
 
 SEED = np.random.default_rng(3)
+PAGED = Kernel("paged_attention", "generic", lambda facts, problem: None, paged_attention)
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -151,10 +154,11 @@ def test_the_faster_form_is_chosen_and_explained(
     monkeypatch: pytest.MonkeyPatch, parts: float, chosen: str
 ) -> None:
     clock(monkeypatch, forms, 1.0, parts)
-    using, decisions = forms.choose(build("llama"), mx.float32, {})
+    using, decisions = forms.choose(build("llama"), mx.float32, {}, PAGED)
     assert [(d.what, d.chosen) for d in decisions] == [
         ("kernel attention", chosen),
         ("kernel silu_mul", chosen),
+        ("decode attention", "in pages" if chosen == "parts" else "over gathered pages"),
     ]
     assert all(len(d.rejected) == 1 and "ms" in d.because for d in decisions)
     with using:
@@ -164,18 +168,20 @@ def test_the_faster_form_is_chosen_and_explained(
 def test_the_user_names_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
     clock(monkeypatch, forms, 1.0, 0.1)
     model = build("llama")
-    _, decisions = forms.choose(model, mx.float32, {"attention": "mlx-lm", "sample": "generic"})
-    assert [d.chosen for d in decisions] == ["mlx-lm", "parts"]
+    _, decisions = forms.choose(
+        model, mx.float32, {"attention": "mlx-lm", "sample": "generic"}, PAGED
+    )
+    assert [d.chosen for d in decisions] == ["mlx-lm", "parts", "in pages"]
     assert decisions[0].because == "named by the user"
     with pytest.raises(KernelError, match="No form 'flash' of attention; there are: mlx-lm, parts"):
-        forms.choose(model, mx.float32, {"attention": "flash"})
+        forms.choose(model, mx.float32, {"attention": "flash"}, PAGED)
 
 
 def test_a_form_of_what_the_model_does_not_call_is_refused() -> None:
     model = build("gemma3_text")  # its MLP has another activation
     assert called(model) == {"attention"}
     with pytest.raises(KernelError, match=r"--kernel silu_mul=parts: .* call: attention"):
-        forms.choose(model, mx.float32, {"silu_mul": "parts"})
+        forms.choose(model, mx.float32, {"silu_mul": "parts"}, PAGED)
 
 
 def layout(module: Any) -> str:

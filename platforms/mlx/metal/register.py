@@ -52,18 +52,13 @@ def _requires(
     return requires
 
 
-def decisions(table: KernelTable) -> list[Decision]:
+def decisions(*tables: KernelTable) -> list[Decision]:
     """What `--explain` says of them beyond the choice of each."""
-    used = sorted(op for op, kernel in table.kernels.items() if kernel.provider == PROVIDER)
+    kernels = [kernel for table in tables for kernel in table.kernels.values()]
+    used = sorted(kernel.op for kernel in kernels if kernel.provider == PROVIDER)
     because = f"{EVIDENCE}; compared with the generic kernels at this start"
     return [
         Decision("Metal kernels", ", ".join(used) or "none", because if used else EVIDENCE),
-        Decision(
-            "decode attention",
-            "over gathered pages",
-            "the function that mlx-lm's models call for attention takes arrays, in either form",
-            (("paged_attention", "no form of attention (kernel attention) takes pages"),),
-        ),
         Decision(
             "writes of new keys and values",
             "MLX's scatter, in place",
