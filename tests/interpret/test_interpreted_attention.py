@@ -197,6 +197,8 @@ def test_a_run_depends_on_the_room_alone_and_makes_only_its_result(
     for kernel in ("attention_kernel", "merge_kernel"):
         monkeypatch.setattr(attention, kernel, Recorded([]))
     monkeypatch.setattr(attention, "write_pages", lambda *_: None)
+    q, k, v = (torch.zeros(12, *world.args[name].shape[1:]) for name in "qkv")
+    kept = []  # so that no result takes the place of an earlier one
     for rows in (5, 2):
         logs.append([])
         for kernel in ("attention_kernel", "merge_kernel"):
@@ -207,10 +209,14 @@ def test_a_run_depends_on_the_room_alone_and_makes_only_its_result(
         for name in "qkv":
             world.args[name] = world.args[name][:rows]
         world.backend.bind(world.plan(), bound)
-        q, k, v = (torch.zeros(12, *world.args[name].shape[1:]) for name in "qkv")
         with Allocations() as seen:
-            world.backend.run(bound, world.pool, LAYER, q, k, v, world.spec)
+            kept.append(world.backend.run(bound, world.pool, LAYER, q, k, v, world.spec))
         assert seen.made == ["empty"]
+        place = kept[-1].data_ptr()
+        logs[-1] = [
+            (grid, ["result" if value == place else value for value in values], options)
+            for grid, values, options in logs[-1]
+        ]
     assert len(logs[0]) == 3, "narrow, merge, wide"
     assert logs[0] == logs[1]
 
