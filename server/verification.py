@@ -24,6 +24,10 @@ import psutil
 
 from ..common.errors import SixfoldError
 from ..common.evidence import Result
+from ..platforms import machine as machines
+from ..platforms import select
+from ..platforms.interface import DeviceFacts, Platform
+from ..platforms.interface_collectives import JoinsDevices
 from .load import Load, LoadGenerator
 from .peers.launchers import Peer
 from .peers.processes import PeerFailed, Server, stop
@@ -32,6 +36,7 @@ PARTS = {
     "kernels": "every kernel and attention backend against its contract",
     "answers": "a model served over HTTP, its log-probabilities and its answers",
     "speed": "the same server, one stream and eight at a time",
+    "collectives": "the devices joined, where there are several: sums, gathers and broadcasts",
 }
 START_LIMIT_S = 1800.0
 KERNELS_LIMIT_S = 3600.0
@@ -66,7 +71,13 @@ def run(wanted: Wanted, parts: Sequence[str]) -> Iterator[tuple[str, Result]]:
     """The parts in their order, each as it ends."""
     if "kernels" in parts:
         yield "kernels", kernels(wanted.platform)
-    asked = {name: part for name, part in SERVED.items() if name in parts}
+    yield from _served(wanted, {name: SERVED[name] for name in SERVED if name in parts})
+    if "collectives" in parts:
+        found = select.probe_all(machines.observe())[wanted.platform]
+        yield "collectives", collectives(select.platforms()[wanted.platform], found.devices)
+
+
+def _served(wanted: Wanted, asked: Mapping[str, Part]) -> Iterator[tuple[str, Result]]:
     if not asked:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -116,6 +127,24 @@ def of_check(stdout: str, stderr: str, status: int) -> Result:
     details = {"kernels": [{name: k[name] for name in kept} for k in table]}
     reason = f"failed: {', '.join(named)}" if named else "" if found["executed"] else last
     return Result(evidence, "failed" if reason else "passed", reason, 0.0, figures, details)
+
+
+def collectives(platform: Platform, devices: Sequence[DeviceFacts]) -> Result:
+    """Every device in a process of its own, which the platform starts and watches."""
+    if len(devices) < 2:
+        return Result("device", "skipped", "one device: nothing to join")
+    if not isinstance(platform, JoinsDevices):
+        reason = f"the platform {platform.name} joins no devices; it has {len(devices)}"
+        return Result("device", "skipped", reason)
+    began = time.perf_counter()
+    try:
+        found = platform.check_collectives(devices)
+    except SixfoldError as error:
+        return Result("device", "failed", str(error))
+    figures = {"backend": found.backend, "devices": found.devices, "cases": found.cases}
+    reason = "; ".join(found.failures)[:3000] or ("" if found.cases else "no case ran")
+    state, took = "failed" if reason else "passed", round(time.perf_counter() - began, 1)
+    return Result("device", state, reason, took, figures, {"failures": found.failures})
 
 
 def start(wanted: Wanted, log: Path) -> Server:

@@ -167,3 +167,7 @@ class CpuDevice(TorchDevice):
     @property
     def collectives(self) -> str:
         return "gloo"
+
+    @property
+    def collectives_advice(self) -> str:
+        return "GLOO_SOCKET_IFNAME=lo joins over the loopback interface."

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from ..interface import (
     Accelerator,
@@ -13,6 +16,7 @@ from ..interface import (
     Probe,
     Support,
 )
+from ..interface_collectives import CollectivesFound
 from ..interface_kernels import Suite
 from ..judgement import (
     RANK_ACCELERATOR,
@@ -30,6 +34,9 @@ from ..judgement import (
     torch_lacks,
 )
 from ..recorded_device import machine_with, present
+
+if TYPE_CHECKING:
+    from ..torch_runtime.device import TorchDevice
 
 RECORDED = Accelerator("nvidia", "NVIDIA H100 80GB HBM3", "sm_90", 85_520_809_984)
 """Whose facts the interpreted suite has."""
@@ -129,12 +136,16 @@ class CUDAPlatform:
     def supports(self, feature: str, facts: DeviceFacts) -> Support:
         return generic_support(feature)
 
+    def device(self, facts: DeviceFacts, index: int) -> TorchDevice:
+        from .device import CUDADevice
+
+        return CUDADevice(facts, f"cuda:{index}")
+
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
         from ..torch_runtime.executor import TorchExecutor
-        from .device import CUDADevice
         from .kernels import register
 
-        device = CUDADevice(facts, f"cuda:{spec.device_index}")
+        device = self.device(facts, spec.device_index)
         return TorchExecutor(spec, device, lambda registry: register(registry, device))
 
     def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
@@ -146,10 +157,14 @@ class CUDAPlatform:
             recorded = facts or device_facts(RECORDED, machine_with(RECORDED))
             return interpreted_suite(recorded, register)
         from ..torch_runtime.conformance import device_suite
-        from .device import CUDADevice
 
-        device = CUDADevice(present(facts, self.name), "cuda:0")
+        device = self.device(present(facts, self.name), 0)
         return device_suite(device, lambda registry: register(registry, device))
+
+    def check_collectives(self, devices: Sequence[DeviceFacts]) -> CollectivesFound:
+        from ..torch_runtime.collectives_check import check
+
+        return check([partial(self.device, facts, i) for i, facts in enumerate(devices)])
 
 
 PLATFORM = CUDAPlatform()

@@ -19,3 +19,7 @@ class CUDADevice(TorchDevice):
     @property
     def collectives(self) -> str:
         return "nccl"
+
+    @property
+    def collectives_advice(self) -> str:
+        return "NCCL_DEBUG=INFO names what it does; NCCL_P2P_DISABLE=1 leaves out direct copies."

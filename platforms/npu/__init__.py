@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ...common.errors import PlatformError
@@ -15,6 +17,7 @@ from ..interface import (
     Probe,
     Support,
 )
+from ..interface_collectives import CollectivesFound
 from ..interface_kernels import Suite
 from ..judgement import (
     RANK_ACCELERATOR,
@@ -145,6 +148,11 @@ class NPUPlatform:
 
         device = self.device(present(facts, self.name), 0)
         return device_suite(device, lambda registry: register(registry, device))
+
+    def check_collectives(self, devices: Sequence[DeviceFacts]) -> CollectivesFound:
+        from ..torch_runtime.collectives_check import check
+
+        return check([partial(self.device, facts, i) for i, facts in enumerate(devices)])
 
 
 PLATFORM = NPUPlatform()

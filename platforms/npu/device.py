@@ -16,3 +16,7 @@ class NPUDevice(TorchDevice):
     @property
     def collectives(self) -> str:
         return "hccl"
+
+    @property
+    def collectives_advice(self) -> str:
+        return "ASCEND_SLOG_PRINT_TO_STDOUT=1 ASCEND_GLOBAL_LOG_LEVEL=1 name what it does."

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from ..interface import (
     Accelerator,
@@ -13,6 +16,7 @@ from ..interface import (
     Probe,
     Support,
 )
+from ..interface_collectives import CollectivesFound
 from ..interface_kernels import Suite
 from ..judgement import (
     RANK_ACCELERATOR,
@@ -32,6 +36,9 @@ from ..judgement import (
     torch_lacks,
 )
 from ..recorded_device import machine_with, present
+
+if TYPE_CHECKING:
+    from ..torch_runtime.device import TorchDevice
 
 RECORDED = Accelerator("amd", "AMD Instinct MI300X OAM", "gfx942", 206_158_430_208)
 """Whose facts the interpreted suite has."""
@@ -115,13 +122,17 @@ class ROCmPlatform:
     def supports(self, feature: str, facts: DeviceFacts) -> Support:
         return generic_support(feature)
 
-    def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
-        from ..torch_runtime.executor import TorchExecutor
+    def device(self, facts: DeviceFacts, index: int) -> TorchDevice:
         from .device import ROCmDevice
-        from .kernels import register
 
         # torch's ROCm build calls its devices "cuda".
-        device = ROCmDevice(facts, f"cuda:{spec.device_index}")
+        return ROCmDevice(facts, f"cuda:{index}")
+
+    def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
+        from ..torch_runtime.executor import TorchExecutor
+        from .kernels import register
+
+        device = self.device(facts, spec.device_index)
         return TorchExecutor(spec, device, lambda registry: register(registry, device))
 
     def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
@@ -133,10 +144,14 @@ class ROCmPlatform:
             recorded = facts or device_facts(RECORDED, machine_with(RECORDED))
             return interpreted_suite(recorded, register)
         from ..torch_runtime.conformance import device_suite
-        from .device import ROCmDevice
 
-        device = ROCmDevice(present(facts, self.name), "cuda:0")
+        device = self.device(present(facts, self.name), 0)
         return device_suite(device, lambda registry: register(registry, device))
+
+    def check_collectives(self, devices: Sequence[DeviceFacts]) -> CollectivesFound:
+        from ..torch_runtime.collectives_check import check
+
+        return check([partial(self.device, facts, i) for i, facts in enumerate(devices)])
 
 
 PLATFORM = ROCmPlatform()

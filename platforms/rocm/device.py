@@ -19,3 +19,7 @@ class ROCmDevice(TorchDevice):
     @property
     def collectives(self) -> str:
         return "nccl"  # torch's ROCm build has RCCL under this name
+
+    @property
+    def collectives_advice(self) -> str:
+        return "NCCL_DEBUG=INFO names what RCCL does; NCCL_P2P_DISABLE=1 leaves out direct copies."

@@ -120,6 +120,11 @@ class TorchDevice:
     def collectives(self) -> str:
         raise NotImplementedError(f"{self._facts.kind}: no process group backend is declared.")
 
+    @property
+    def collectives_advice(self) -> str:
+        """What to try when they fail: the variable that makes their library speak."""
+        raise NotImplementedError(f"{self._facts.kind}: no process group backend is declared.")
+
 
 def _writable(array: Any) -> Any:
     """torch.from_numpy warns about read-only memory; such arrays are small and rare: copy them."""

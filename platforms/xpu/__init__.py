@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
 from ..interface import (
     Accelerator,
     DeviceFacts,
@@ -11,6 +15,7 @@ from ..interface import (
     Probe,
     Support,
 )
+from ..interface_collectives import CollectivesFound
 from ..interface_kernels import Suite
 from ..judgement import (
     RANK_ACCELERATOR,
@@ -28,6 +33,9 @@ from ..judgement import (
     torch_lacks,
 )
 from ..recorded_device import machine_with, present
+
+if TYPE_CHECKING:
+    from ..torch_runtime.device import TorchDevice
 
 RECORDED = Accelerator("intel", "Arc B580", "bmg", 12_884_901_888)
 """Whose facts the interpreted suite has."""
@@ -116,12 +124,16 @@ class XPUPlatform:
     def supports(self, feature: str, facts: DeviceFacts) -> Support:
         return generic_support(feature)
 
+    def device(self, facts: DeviceFacts, index: int) -> TorchDevice:
+        from .device import XPUDevice
+
+        return XPUDevice(facts, f"xpu:{index}")
+
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
         from ..torch_runtime.executor import TorchExecutor
-        from .device import XPUDevice
         from .kernels import register
 
-        device = XPUDevice(facts, f"xpu:{spec.device_index}")
+        device = self.device(facts, spec.device_index)
         return TorchExecutor(spec, device, lambda registry: register(registry, device))
 
     def conformance(self, facts: DeviceFacts | None, interpreted: bool = False) -> Suite:
@@ -133,10 +145,14 @@ class XPUPlatform:
             recorded = facts or device_facts(RECORDED, machine_with(RECORDED))
             return interpreted_suite(recorded, register)
         from ..torch_runtime.conformance import device_suite
-        from .device import XPUDevice
 
-        device = XPUDevice(present(facts, self.name), "xpu:0")
+        device = self.device(present(facts, self.name), 0)
         return device_suite(device, lambda registry: register(registry, device))
+
+    def check_collectives(self, devices: Sequence[DeviceFacts]) -> CollectivesFound:
+        from ..torch_runtime.collectives_check import check
+
+        return check([partial(self.device, facts, i) for i, facts in enumerate(devices)])
 
 
 PLATFORM = XPUPlatform()

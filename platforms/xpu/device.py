@@ -34,6 +34,10 @@ class XPUDevice(TorchDevice):
     def collectives(self) -> str:
         return "xccl"
 
+    @property
+    def collectives_advice(self) -> str:
+        return "CCL_LOG_LEVEL=info names what it does."
+
     def memory_query(self) -> Support:
         """Whether the driver tells free memory, and if not what it says."""
         try:

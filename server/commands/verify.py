@@ -17,7 +17,7 @@ from ...platforms import select
 from .. import verification
 from ..doctor import summary
 
-LINE = "{name:9} {state:8} {seconds:6.1f} s   {said}"
+LINE = "{name:11} {state:8} {seconds:6.1f} s   {said}"
 
 
 @click.command()
@@ -25,7 +25,10 @@ LINE = "{name:9} {state:8} {seconds:6.1f} s   {said}"
 @click.option("--platform", help="Hardware to verify; the best usable one if not given.")
 @click.option("--dtype", help="Weights and activations: float32, bfloat16 or float16.")
 @click.option(
-    "--workloads", "only", default="", help="Some parts, with commas: kernels, answers, speed."
+    "--workloads",
+    "only",
+    default="",
+    help=f"Some parts, with commas: {', '.join(verification.PARTS)}.",
 )
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The report's file.")
 def verify(
@@ -81,6 +84,8 @@ def said_of(name: str, result: Result) -> str:
     figures = result.figures
     if name == "kernels":
         return f"{figures['cases']} cases on {figures['kernels']} kernels"
+    if name == "collectives":
+        return f"{figures['cases']} cases on {figures['devices']} devices over {figures['backend']}"
     if name == "answers":
         return f"{figures['answer']!r}; mean log-probability {figures['mean log-probability']}"
     rates = {k: v["output tokens/s"] for k, v in figures.items() if k.endswith("streams")}

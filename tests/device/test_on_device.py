@@ -1,5 +1,5 @@
 """Guards the whole platform on its real device: the stages of `ci/run_platform`, as tests. Without
-the device each is skipped with the reason.
+the device each is skipped with the reason. Where there are several, also that they join.
 
     pytest tests/device --platform cuda
 """
@@ -9,6 +9,10 @@ from __future__ import annotations
 import pytest
 from device.card import Card, NoCard, open_card
 from device.stages import FULL, STAGES
+
+from sixfold.platforms import select
+from sixfold.platforms.machine import observe
+from sixfold.server.verification import collectives
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +31,12 @@ def card(request: pytest.FixtureRequest) -> Card:
 def test_stage(card: Card, stage: str) -> None:
     result = STAGES[stage](card)
     assert result["ok"], result
+
+
+@pytest.mark.device
+def test_collectives(card: Card) -> None:
+    devices = select.probe_all(observe())[card.platform].devices
+    result = collectives(select.platforms()[card.platform], devices)
+    if result.state == "skipped":
+        pytest.skip(result.reason)
+    assert result.state == "passed", result.reason

@@ -7,18 +7,21 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from serving import Launcher, Running
+from toy_platform import FACTS, ToyPlatform
 
 from sixfold.common.errors import ConfigError, PlatformError, SixfoldError
 from sixfold.common.evidence import Result, read
 from sixfold.common.ops.conformance import Failure, Verdict
+from sixfold.platforms.interface import DeviceFacts
+from sixfold.platforms.interface_collectives import CollectivesFound
 from sixfold.server import verification
 from sixfold.server.commands import verify as command
 from sixfold.server.verification import Wanted, WrongAnswer
@@ -136,6 +139,47 @@ def test_a_part_that_raises_is_a_result_and_the_server_is_stopped(
     assert server.stopped
 
 
+class Joining:
+    """A platform of several devices, whose check gives what it is told."""
+
+    name = "joining"
+
+    def __init__(self, found: CollectivesFound | SixfoldError) -> None:
+        self.found = found
+
+    def check_collectives(self, devices: Sequence[DeviceFacts]) -> CollectivesFound:
+        if isinstance(self.found, SixfoldError):
+            raise self.found
+        return replace(self.found, devices=len(devices))
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "state", "reason"),
+    [
+        (Joining(CollectivesFound("ring", 0, 9)), 3, "passed", ""),
+        (Joining(CollectivesFound("ring", 0, 9)), 1, "skipped", "one device: nothing to join"),
+        (Joining(CollectivesFound("ring", 0, 0)), 2, "failed", "no case ran"),
+        (Joining(CollectivesFound("", 0, 9, ("rank 1: x", "rank 0: y"))), 2, "failed",
+         "rank 1: x; rank 0: y"),
+        (Joining(PlatformError("no library")), 2, "failed", "no library"),
+        (ToyPlatform(), 2, "skipped", "the platform toy joins no devices; it has 2"),
+    ],
+)  # fmt: skip
+def test_devices_are_joined_where_there_are_several(
+    platform: Any, devices: int, state: str, reason: str
+) -> None:
+    result = verification.collectives(platform, [FACTS] * devices)
+    assert (result.state, result.reason) == (state, reason)
+    if state == "passed":
+        line = command.line_of("collectives", result)
+        assert line.endswith("9 cases on 3 devices over ring")
+
+
+def test_one_device_is_said_to_have_nothing_to_join() -> None:
+    ((name, result),) = verification.run(Wanted("cpu"), ["collectives"])
+    assert (name, result.reason) == ("collectives", "one device: nothing to join")
+
+
 @pytest.fixture
 def invoked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     def run(*arguments: str, **results: Result) -> Any:
@@ -152,7 +196,7 @@ KERNELS = Result("device", "passed", "", 1.0, {"cases": 5, "kernels": 2})
 def test_the_command_writes_its_report_and_says_where(invoked: Any, tmp_path: Path) -> None:
     done = invoked(kernels=KERNELS)
     assert done.exit_code == 0, done.output
-    assert "kernels   passed      1.0 s   5 cases on 2 kernels" in done.output
+    assert "kernels     passed      1.0 s   5 cases on 2 kernels" in done.output
     assert f"to send back: {tmp_path / 'report.json'}" in done.output
     report = read(tmp_path / "report.json")
     assert report.results["kernels"].figures == KERNELS.figures
@@ -162,14 +206,14 @@ def test_the_command_writes_its_report_and_says_where(invoked: Any, tmp_path: Pa
 def test_a_failure_is_the_commands_exit_status(invoked: Any, tmp_path: Path) -> None:
     done = invoked(kernels=KERNELS, answers=Result("device", "failed", "the model said no"))
     assert done.exit_code == 1
-    assert "answers   FAILED      0.0 s   the model said no" in done.output
+    assert "answers     FAILED      0.0 s   the model said no" in done.output
     assert read(tmp_path / "report.json").failed == ["answers"]
 
 
 def test_an_unknown_part_and_an_absent_platform_are_refused(invoked: Any) -> None:
     unknown = invoked("--workloads", "kernels,speeed").exception
     assert isinstance(unknown, ConfigError)
-    assert "no part speeed; there are kernels, answers, speed" in str(unknown)
+    assert "no part speeed; there are kernels, answers, speed, collectives" in str(unknown)
     absent = CliRunner().invoke(command.verify, ["--platform", "abacus"]).exception
     assert isinstance(absent, PlatformError)
 
