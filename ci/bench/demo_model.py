@@ -6,6 +6,7 @@ python ci/bench/demo_model.py FOLDER    -> FOLDER/hf, FOLDER/demo-{f32,bf16,q8_0
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -57,6 +58,11 @@ def write_hf_directory(source: Path, target: Path) -> None:
     model.hf_quantizer = None  # the weights are plain float32 now
     del model.config.quantization_config
     model.save_pretrained(target)
+    # transformers 5 nests the base of the angles; mlx-lm reads it outside, and has another default.
+    file = target / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     AutoTokenizer.from_pretrained(**where).save_pretrained(target)
 
 
