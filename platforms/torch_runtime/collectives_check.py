@@ -110,6 +110,7 @@ def member(
     """The process of one device. Says what it does before it does it."""
     try:
         _run(rank, work, pipe)
+        pipe.close()
     except Exception as error:
         pipe.send((Say.RAISED, f"{type(error).__name__}: {error}"))
         pipe.close()

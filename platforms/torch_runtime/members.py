@@ -114,7 +114,7 @@ def _end(member: Member) -> None:
     member.ended = True
     member.process.join(ENDING_S)
     if member.process.is_alive():
-        member.fail(STOPPED, f"did not end within {ENDING_S:.0f} s; killed")
+        member.fail(STOPPED, f"did not end within {ENDING_S:g} s; killed")
     elif member.doing:
         status = member.process.exitcode
         member.fail(STOPPED, f"its process ended with status {status} in: {member.doing}")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from sixfold.platforms import select
 from sixfold.platforms.cpu.device import CpuDevice
 from sixfold.platforms.interface_collectives import CollectivesFound, JoinsDevices
-from sixfold.platforms.torch_runtime import collectives_check
+from sixfold.platforms.torch_runtime import collectives_check, members
 from sixfold.platforms.torch_runtime.collectives import Collectives
 from sixfold.platforms.torch_runtime.collectives_check import (
     LIMIT_S,
@@ -93,6 +93,14 @@ def test_a_faulty_rank_is_named(join: Join, cases: int, expected: list[str], sta
     assert len(found.failures) == len(expected)
     if not cases:
         assert re.match(expected[0], found.failures[0])  # what stopped the others stands first
+
+
+@needs_gloo
+def test_a_process_that_does_not_end_is_named(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "ENDING_S", 0.5)
+    found = check(groups.openers(2), groups.Lingering, start=start)
+    assert "rank 1: did not end within 0.5 s; killed" in found.failures
+    assert found.cases == FEW
 
 
 @needs_gloo

@@ -66,6 +66,15 @@ class Dying(Collectives):
         return super().broadcast(tensor, root)
 
 
+class Lingering(Collectives):
+    """Leaves the group and does not end."""
+
+    def close(self) -> None:
+        super().close()
+        if self.seat.rank == BAD:
+            threading.Thread(target=threading.Event().wait).start()
+
+
 class Lazy(Collectives):
     """Leaves out every sum, on every rank."""
 
