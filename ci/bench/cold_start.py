@@ -34,10 +34,16 @@ def main() -> None:
     parser.add_argument("--model", default="", help="empty: the demo model")
     parser.add_argument("--peers", default="sixfold")
     parser.add_argument("--llama-server", type=Path)
+    parser.add_argument("--peer-arg", action="append", default=[], help="NAME=MORE ARGUMENTS")
     parser.add_argument("--starts", type=int, default=7)
     asked = parser.parse_args()
     programs = {"llama.cpp": asked.llama_server} if asked.llama_server else {}
-    wanted = Wanted(asked.model, names=tuple(asked.peers.split(",")), programs=programs)
+    wanted = Wanted(
+        asked.model,
+        names=tuple(asked.peers.split(",")),
+        arguments=tuple(asked.peer_arg),
+        programs=programs,
+    )
     peers, left_out = choose(wanted)
     if left_out:
         sys.exit(f"not measured: {left_out}")

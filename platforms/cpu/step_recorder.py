@@ -114,7 +114,7 @@ class RecordedRunner:
         self.recorded = recorded
 
     def __call__(self, batch: StepBatch, token_ids: Tensor, positions: Tensor) -> Tensor:
-        self.program.bind(self.program.plan(batch))
+        self.program.bind_caches(self.program.plan(batch))
         return self.recorded(token_ids, positions)
 
 

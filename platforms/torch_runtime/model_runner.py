@@ -110,8 +110,10 @@ class ModelRunner:
             self._pools[move.group].copy([move.source], [move.target])
 
     def _token_ids(self, batch: StepBatch) -> Tensor:
+        waiting = (batch.token_ids == LAST_TOKEN).nonzero()[0]
+        if len(waiting) == len(batch.token_ids) == batch.rows:  # every row decodes
+            return self._last[self._device.to_device(batch.row_ids.astype(np.int64))]
         tokens = self._device.to_device(batch.token_ids.astype(np.int64))
-        waiting = np.flatnonzero(batch.token_ids == LAST_TOKEN)
         if len(waiting):
             rows = np.searchsorted(batch.query_start, waiting, side="right") - 1
             handles = self._device.to_device(batch.row_ids[rows].astype(np.int64))
@@ -238,6 +240,6 @@ def rotary_positions(batch: StepBatch) -> I64:
     if batch.rotary is None:
         start = batch.query_start
         shift = (batch.context_lens - start[:-1]).repeat(start[1:] - start[:-1])
-        return (np.arange(len(shift)) + shift).astype(np.int64)
+        return (np.arange(len(shift)) + shift).astype(np.int64, copy=False)
     rotary = batch.rotary.astype(np.int64)
     return rotary[0] if (rotary == rotary[0]).all() else rotary

@@ -85,6 +85,12 @@ class StepProgram:
             for part, plan, place in zip(self._parts, plans, places, strict=True)
         ]
 
+    def bind_caches(self, plans: Sequence[Any]) -> None:
+        """As `bind`, without the rows: for a step whose caches have a place of their own and whose
+        kernels read nothing else."""
+        for part, plan in zip(self._parts[:-1], plans, strict=False):
+            part.bind(plan)
+
     def reserve(self, rows: int, tokens: int) -> list[Any]:
         """Buffers for plans of at most so many rows and tokens. Raises KernelError where the
         attention backend's plans have no fixed shape."""
