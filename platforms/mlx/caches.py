@@ -66,10 +66,10 @@ class PagedCache:
         window = plan.window_of(mask)
         if window is None:
             return None
+        held, stored = self._pages.arrays
         pages = plan.index("pages", 1, 0).reshape(plan.pages.shape)
-        return InPlace(
-            *self._pages.arrays, pages, plan.lengths(), self._pages.heads, plan.page_size, window
-        )
+        heads, size = self._pages.heads, plan.page_size
+        return InPlace(held, stored, pages, plan.lengths(), heads, size, window)
 
     def make_mask(
         self, tokens: int, return_array: bool = False, window_size: int | None = None
