@@ -1,10 +1,11 @@
 """Where the time of a step goes, by op: every instruction of the recorded step timed alone, beside
 the whole step run as the engine runs it.
 
-    python ci/bench/step_profile.py [--model M] [--rows 1] [--new 1] [--context 512] [--quantize X]
+    python ci/bench/step_profile.py [--model M] [--rows 1] [--new 1] [--context 512] [--runs 6]
 
-`--rows` sequences with `--new` tokens each after `--context` tokens. The parts add up to more than
-the step, because timing an instruction alone costs a call and a wake-up (shown as the empty one).
+`--rows` sequences with `--new` tokens each after `--context` tokens. `--runs` times the whole step
+that many times, for machines that are noisy, and prints the range of its host part. The parts add
+up to more than the step, because timing an instruction alone costs a call and a wake-up.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--quantize")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--runs", type=int, default=1)
     asked = parser.parse_args()
     platform = platforms()["cpu"]
     facts = platform.probe(observe()).devices[0]
@@ -116,7 +118,8 @@ def main() -> None:
     step = captured.recorded
     work = batch(executor, asked.rows, asked.new, asked.context)
     with torch.inference_mode():
-        whole, outside = _whole(runner, step._team, work)
+        runs = [_whole(runner, step._team, work) for _ in range(asked.runs)]
+        whole, outside = (statistics.median(column) for column in zip(*runs, strict=True))
         captured.program.bind(captured.program.plan(work))
         count = len(work.token_ids)
         ids = torch.from_numpy(work.token_ids.astype(np.int64))
@@ -135,6 +138,10 @@ def main() -> None:
     print(f"recorded   {1e3 * recorded:9.3f} ms   {100 * recorded / whole:5.1f} %")
     print(f"head       {1e3 * head:9.3f} ms   {100 * head / whole:5.1f} %")
     print(f"host       {1e3 * outside:9.3f} ms   {100 * outside / whole:5.1f} %  (not native code)")
+    if asked.runs > 1:
+        parts = sorted(100 * host / all_of_it for all_of_it, host in runs)
+        middle = statistics.median(parts)
+        print(f"  in {asked.runs} runs: {parts[0]:.1f} to {parts[-1]:.1f} %, median {middle:.1f} %")
     for name, times in sorted(by_op.items(), key=lambda item: -sum(item[1])):
         print(f"  {name:10s} x {len(times):4d} {1e3 * sum(times):9.3f} ms alone")
     executor.close()
