@@ -1,8 +1,11 @@
 """Guards what makes Triton's interpreter quick here: a launch replaces each module of the language
-once, however many functions its kernel calls, and nothing of it stays when the launch has ended."""
+once, however many functions its kernel calls, what there is to replace is looked for once in a
+process, and nothing of it stays when the launch has ended."""
 
 from __future__ import annotations
 
+import inspect
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from sixfold.platforms.torch_runtime.interpreter_speed import once_a_launch, quicken
+from sixfold.platforms.torch_runtime.interpreter_speed import looked_up_once, once_a_launch, quicken
 
 
 @triton.jit
@@ -46,6 +49,33 @@ def test_calls_between_functions_replace_nothing_again(monkeypatch: pytest.Monke
     launch(1)  # the first one adds names to the modules of the functions that it calls
     few, many = (replacements(monkeypatch, rows) for rows in (1, 9))
     assert 0 < few == many
+
+
+def test_names_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(1)
+    looked: list[Any] = []
+    look = inspect.getmembers
+    monkeypatch.setattr(inspect, "getmembers", lambda *a: looked.append(a) or look(*a))
+    launch(2)
+    assert not looked
+
+
+def test_what_another_hand_replaced_stays_so() -> None:
+    def negate(module: Any, builder: Any, scope: Any) -> None:
+        for name in ("a", "b"):
+            scope.set_attr(module, name, -getattr(module, name))
+
+    module: Any = ModuleType("module")
+    module.a, module.b = 1, 2
+    patch, scope = looked_up_once(negate), interpreter._LangPatchScope()
+    for _ in range(2):
+        patch(module, None, scope)
+        assert (module.a, module.b) == (-1, -2)
+        scope.restore()
+        assert (module.a, module.b) == (1, 2)
+    module.a = 7
+    patch(module, None, scope)
+    assert (module.a, module.b) == (7, -2)
 
 
 def test_a_launch_leaves_the_language_as_it_was() -> None:
