@@ -1,8 +1,6 @@
 """What an Ascend NPU has beside the generic kernels: norms, the gated activation, rotations,
-matrices of integers, experts and attention of torch_npu. None of them has run on one yet.
-
-Not used, and why: `npu_top_k_top_p_sample` has no penalties and draws from a generator of its own.
-"""
+matrices of integers, experts, filters of sampling and attention of torch_npu. None of them has run
+on one yet."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from ..torch_runtime.device import TorchDevice
-from . import experts, quantised, rotary
+from . import experts, quantised, rotary, sampling
 from .attention import FusedInferAttention
 from .library import PACKAGE, PRIORITY, refusal
 
@@ -67,6 +65,7 @@ def register(registry: KernelRegistry, device: TorchDevice) -> None:
         *quantised.kernels(device),
         *rotary.KERNELS,
         *experts.KERNELS,
+        *sampling.KERNELS,
     ):
         registry.add(kernel)
     registry.add_attention(FusedInferAttention(device), PRIORITY)

@@ -8,6 +8,8 @@ kept set, so ties go to the lowest id whatever the sort does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,6 +18,9 @@ from torch import Tensor
 from ...common.ops.draw import halves
 from ...common.ops.sample import LONGEST
 from ..interface_step import SamplingArrays
+from ..sampling_rows import select_rows
+
+Sample = Callable[[Tensor, SamplingArrays, Tensor | None, Tensor | None], Tensor]
 
 
 def sample(
@@ -40,11 +45,7 @@ def sample(
     if shortlist and not adjusting:
         best, tokens, clean = _best_on_host(x)
     if not clean:
-        x = torch.nan_to_num(logits, nan=-torch.inf, posinf=1e30, neginf=-torch.inf)
-        _add_bias(x, sampling)
-        _penalise(x, sampling, pending)
-        if grammar_mask is not None:
-            x.masked_fill_(~unpack_mask(grammar_mask, x.shape[1]), -torch.inf)
+        x = adjusted(logits, sampling, grammar_mask, pending)
         best, tokens = x.max(dim=-1)
     elif not len(drawing):
         return tokens
@@ -55,6 +56,44 @@ def sample(
         drawn = _draw(x[rows], best[rows], sampling, drawing, wide, shortlist)
         tokens = tokens.index_copy(0, rows, drawn)
     return torch.where(best == -torch.inf, -1, tokens)
+
+
+def by_rows(
+    chosen: NDArray[np.bool_],
+    special: Sample,
+    logits: Tensor,
+    sampling: SamplingArrays,
+    grammar_mask: Tensor | None,
+    pending: Tensor | None,
+) -> Tensor:
+    """`special` for the `chosen` rows (R,), `sample` for the others."""
+    if not chosen.any():
+        return sample(logits, sampling, grammar_mask, pending)
+    if chosen.all():
+        return special(logits, sampling, grammar_mask, pending)
+    result = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for wanted, work in ((True, special), (False, sample)):
+        places = np.flatnonzero(chosen == wanted)
+        rows = _index(places, logits)
+        words, waiting = (None if x is None else x[rows] for x in (grammar_mask, pending))
+        tokens = work(logits[rows], select_rows(sampling, places), words, waiting)
+        result.index_copy_(0, rows, tokens)
+    return result
+
+
+def adjusted(
+    logits: Tensor,
+    sampling: SamplingArrays,
+    grammar_mask: Tensor | None = None,
+    pending: Tensor | None = None,
+) -> Tensor:
+    """Steps 1 to 5 of the contract, in a copy."""
+    x = torch.nan_to_num(logits, nan=-torch.inf, posinf=1e30, neginf=-torch.inf)
+    _add_bias(x, sampling)
+    _penalise(x, sampling, pending)
+    if grammar_mask is not None:
+        x.masked_fill_(~unpack_mask(grammar_mask, x.shape[1]), -torch.inf)
+    return x
 
 
 def _best_on_host(x: Tensor) -> tuple[Tensor, Tensor, bool]:

@@ -15,9 +15,8 @@ from torch import Tensor
 from ...common.ops.draw import halves
 from ...common.ops.sample import LONGEST
 from ..interface_step import SamplingArrays
-from ..sampling_rows import select_rows
+from ..torch_runtime.sampler import by_rows
 from ..torch_runtime.sampler import draw as generic_draw
-from ..torch_runtime.sampler import sample as generic_sample
 from .paging import mix32
 from .tuning import Tuning
 
@@ -110,23 +109,13 @@ def sample(
     pending: Tensor | None = None,
 ) -> Tensor:
     """As `torch_runtime.sampler.sample`."""
-    plain = plain_rows(sampling)
-    if plain.all():
-        return _race(tuning, logits, *_asked(sampling, logits), grammar_mask)
-    if not plain.any():
-        return generic_sample(logits, sampling, grammar_mask, pending)
-    result = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    for is_plain in (True, False):
-        chosen = np.flatnonzero(plain == is_plain)
-        rows = torch.from_numpy(chosen).to(logits.device, non_blocking=True)
-        words, waiting = (None if x is None else x[rows] for x in (grammar_mask, pending))
-        some = select_rows(sampling, chosen)
-        if is_plain:
-            tokens = _race(tuning, logits[rows], *_asked(some, logits), words)
-        else:
-            tokens = generic_sample(logits[rows], some, words, waiting)
-        result.index_copy_(0, rows, tokens)
-    return result
+
+    def plain(
+        logits: Tensor, s: SamplingArrays, words: Tensor | None, pending: Tensor | None
+    ) -> Tensor:
+        return _race(tuning, logits, *_asked(s, logits), words)
+
+    return by_rows(plain_rows(sampling), plain, logits, sampling, grammar_mask, pending)
 
 
 def _asked(s: SamplingArrays, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -367,7 +367,7 @@ def test_sampling_asks_no_gpu_for_a_float64_that_it_has_not(machine: str, provid
 
 # ---- npu
 
-OF_LIBRARY = ("rms_norm", "add_rms_norm", "silu_mul", "rope")
+OF_LIBRARY = ("rms_norm", "add_rms_norm", "silu_mul", "rope", "sample")
 
 
 @pytest.mark.parametrize("machine", ["ascend_910b", "ascend_910c"])
@@ -375,7 +375,7 @@ def test_the_vendors_library_serves_both_generations_that_its_pages_name(machine
     choices = Choices(facts_of(machine))
     assert choices.attention == "fused_infer"
     assert choices.provider(*OF_LIBRARY) == {"torch_npu"}
-    assert choices.provider("embedding", "linear", "sample") == {"generic"}
+    assert choices.provider("embedding", "linear") == {"generic"}
     packed = Choices(facts_of(machine), quantize="stored", stored=stored("int8_channel"))
     assert packed.of("linear").chosen == "torch_npu"
     lower = ("torch_npu_w8a8", "lower priority than torch_npu")

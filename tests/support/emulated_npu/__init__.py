@@ -32,6 +32,7 @@ from .matmul import (
     npu_weight_quant_batchmatmul,
 )
 from .pointwise import npu_add_rms_norm, npu_rms_norm, npu_rotary_mul, npu_swiglu
+from .sampling import npu_top_k_top_p
 
 __all__ = ["OPS", "NPUError", "install", "module"]
 
@@ -46,6 +47,7 @@ OPS = (
     npu_rotary_mul,
     npu_scatter_pa_kv_cache,
     npu_swiglu,
+    npu_top_k_top_p,
     npu_weight_quant_batchmatmul,
 )
 
