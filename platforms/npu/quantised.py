@@ -23,6 +23,7 @@ from ...common.errors import KernelError
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from ..torch_runtime.device import TorchDevice
+from ..torch_runtime.stored_integers import scales_by_group, whole_zeros
 from .library import PACKAGE, PRIORITY, refusal
 
 BY_NAME = "torch_npu_w8a8"
@@ -103,11 +104,9 @@ def prepare(weight: Any, problem: Problem, device: TorchDevice) -> Tensor | IntM
         return weight
     if not isinstance(weight, QuantisedRows):
         raise KernelError(f"{PACKAGE!r} has no form for {type(weight).__name__}.")
-    if weight.scale.shape[1] != weight.q.shape[1]:
-        raise KernelError(f"{PACKAGE!r} has no form for scales per {GROUP // 2} columns.")
     dtype = getattr(torch, problem.dtype)
     numbers = torch.from_numpy(weight.q).to(torch.int32)
-    scale = torch.from_numpy(weight.scale).float()
+    scale = scales_by_group(weight, PACKAGE)
     offset = _offset(weight, scale)
     if weight.bits == 4:
         numbers = numbers - 8
@@ -133,14 +132,9 @@ def prepare(weight: Any, problem: Problem, device: TorchDevice) -> Tensor | IntM
 
 
 def _offset(weight: QuantisedRows, scale: Tensor) -> Tensor | None:
-    """What is added to numbers (-8 to 7 of four bits), whole: zeros, as formats store them."""
-    if weight.minimum is None:
-        return None
-    minimum = torch.from_numpy(weight.minimum).float()
-    zeros = (minimum / torch.where(scale == 0, 1.0, scale)).round()
-    if bool(((zeros * scale).half() != minimum.half()).any()) or bool((zeros.abs() > 256).any()):
-        raise KernelError(f"{PACKAGE!r} has no form for minimums that are not zeros times scales.")
-    return (8 if weight.bits == 4 else 0) - zeros
+    """What is added to numbers (-8 to 7 of four bits)."""
+    zeros = whole_zeros(weight, scale, PACKAGE)
+    return None if zeros is None else (8 if weight.bits == 4 else 0) - zeros
 
 
 def _uniform(offset: Tensor | None) -> bool:

@@ -1,5 +1,6 @@
-"""What an Intel GPU has beside the generic kernels: Triton's, and sampling whose sums are float32,
-for most of these GPUs have no float64. None of them has run on one yet."""
+"""What an Intel GPU has beside the generic kernels: Triton's, oneDNN's products on stored integers,
+and sampling whose sums are float32, for most of these GPUs have no float64. None of them has run on
+one yet."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from ..interface_kernels import Kernel, Problem
 from ..torch_runtime.device import TorchDevice
 from ..torch_runtime.sampler import sample
 from ..triton_kernels.register import register_triton
+from . import onednn
 
 WITH_FLOAT64 = frozenset({(12, 60)})
 """Data Center Max."""
@@ -27,4 +29,6 @@ def _without_float64(facts: DeviceFacts, problem: Problem) -> str | None:
 def register(registry: KernelRegistry, device: TorchDevice) -> None:
     narrow = partial(sample, wide=torch.float32)
     registry.add(Kernel("sample", "float32_sums", _without_float64, narrow, ABOVE_TRITON))
+    for kernel in onednn.kernels(device):
+        registry.add(kernel)
     register_triton(registry, device)
