@@ -23,6 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--platform", default="toy", help="platform that the HTTP suite runs on (default: toy)"
     )
     parser.addoption(
+        "--demo",
+        action="store_true",
+        help="the HTTP suite serves the demo model on emulated and interpreted devices too, "
+        "where it is slow, instead of a tiny one",
+    )
+    parser.addoption(
         "--checkpoint",
         action="append",
         default=[],

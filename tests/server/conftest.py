@@ -10,14 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import HOSTED, Launcher, Running, install_hosted
+from serving import (
+    DEADLINE,
+    HOSTED,
+    PATIENCE,
+    SERVING_DEMO,
+    Launcher,
+    Running,
+    install_hosted,
+)
 from tiny_babbler import write_babbler
 from toy_checkpoint import write_toy_checkpoint
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory, platform: str) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("serving"))
+def launcher(
+    tmp_path_factory: pytest.TempPathFactory, platform: str, pytestconfig: pytest.Config
+) -> Iterator[Launcher]:
+    deadline = PATIENCE if pytestconfig.getoption("--demo") else DEADLINE
+    launcher = Launcher(tmp_path_factory.mktemp("serving"), deadline)
     if platform in HOSTED:
         install_hosted(launcher.folder / "env", platform)
     yield launcher
@@ -59,19 +70,22 @@ def script() -> str:
 
 @pytest.fixture(scope="session")
 def model_arguments(
-    platform: str, toy_model: Path, tmp_path_factory: pytest.TempPathFactory
+    platform: str,
+    toy_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    pytestconfig: pytest.Config,
 ) -> list[str]:
-    """Model and platform for `sixfold serve`: the toy's, a tiny one where the device is emulated,
-    or the demo model anywhere else."""
+    """Model and platform for `sixfold serve`: the toy's, a tiny one where the device is emulated
+    and nothing else is asked for, or the demo model anywhere else."""
     if platform == "toy":
         return [str(toy_model), "--platform", platform]
-    if platform in HOSTED:
+    if platform in HOSTED and not pytestconfig.getoption("--demo"):
         tiny = write_babbler(tmp_path_factory.mktemp("models") / "tiny", max_context=1024)
         return [str(tiny), "--platform", platform, "--threads", "1", "--cache-tokens", "16384"]
     # A short context keeps the tests at its limit quick.
     return [
         "--platform", platform, "--threads", "1", "--max-context", "1024",
-        "--cache-tokens", "16384",
+        "--cache-tokens", "16384", *SERVING_DEMO.get(platform, ()),
     ]  # fmt: skip
 
 

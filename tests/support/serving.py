@@ -42,15 +42,16 @@ class Running:
     url: str = ""
     model: str = ""
     lines: list[str] = field(default_factory=list)
+    deadline: float = DEADLINE
 
     @property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=DEADLINE)
+        return httpx.Client(base_url=self.url, timeout=self.deadline)
 
     def openai(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(
             base_url=f"{self.url}/v1",
-            **{"api_key": "none", "max_retries": 0, "timeout": DEADLINE, **options},
+            **{"api_key": "none", "max_retries": 0, "timeout": self.deadline, **options},
         )
 
     def metric(self, name: str) -> float:
@@ -71,14 +72,16 @@ class Running:
         self.process.send_signal(signal.SIGTERM)
 
     def exit_code(self) -> int:
-        return self.process.wait(DEADLINE)
+        return self.process.wait(self.deadline)
 
 
 class Launcher:
     """Starts servers in an environment where the toy platforms are installed; ends them all."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, deadline: float = DEADLINE) -> None:
+        """`deadline`: seconds that an answer of these servers may take."""
         self.folder = folder
+        self.deadline = deadline
         self.faults = folder / "env" / "faults"
         self.environment = toy_environment(folder / "env")
         _install_faulty(folder / "env")
@@ -96,7 +99,7 @@ class Launcher:
                 text=True,
                 env=self.environment,
             )
-        running = Running(process, log)
+        running = Running(process, log, deadline=self.deadline)
         self._running.append(running)
         if wait:
             self.wait_ready(running)
@@ -145,6 +148,16 @@ HOSTED = {
     "interpreted_xpu": "support.interpreted_xpu:PLATFORM",
 }
 """Platforms of devices that are not here: name -> where it is. They serve a tiny model."""
+
+PATIENCE = 900.0
+"""Seconds for an answer of the demo model there."""
+
+SERVING_DEMO: dict[str, tuple[str, ...]] = {
+    "emulated_npu": ("--dtype", "bfloat16"),
+    # Triton's attention takes seconds a token in the interpreter: the tests of text have it.
+    "interpreted_xpu": ("--dtype", "float32", "--kernel", "attention=sdpa"),
+}
+"""What such a platform is asked for where it serves the demo model."""
 
 
 def install_hosted(folder: Path, name: str) -> None:
