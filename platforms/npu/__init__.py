@@ -43,6 +43,10 @@ SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
 CANN_PAGE = "https://www.hiascend.com/cann"
 
 
+OLDEST_CANN = (8, 5)
+"""For torch_npu from 2.13 on, by the table of versions in its release notes (26.2.0)."""
+
+
 def device_facts(device: Accelerator, machine: Machine) -> DeviceFacts:
     number = re.match(r"ascend(\d+)", device.arch)
     packages = ("torch", "torch_npu")
@@ -83,6 +87,10 @@ def driver_lacks(machine: Machine, devices: list[Accelerator]) -> list[Lack]:
 def cann_lacks(machine: Machine) -> list[Lack]:
     if "cann" not in machine.tools:
         return [Lack("CANN is not installed", f"install the CANN toolkit and kernels: {CANN_PAGE}")]
+    cann, adapter = machine.tools["cann"], machine.packages.get("torch_npu", "")
+    if numbers(adapter)[:2] >= (2, 13) and numbers(cann)[:2] < OLDEST_CANN:
+        text = f"CANN {cann} is older than torch_npu {adapter} takes (8.5 to 9.2)"
+        return [Lack(text, f"install the toolkit and kernels of CANN 9.2.0: {CANN_PAGE}")]
     if "cann-environment" not in machine.tools:
         return [Lack("CANN's environment is not loaded in this shell", SET_ENV)]
     return []

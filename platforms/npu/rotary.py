@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
-from ..torch_runtime.kernels import rms_norm
+from ..torch_runtime.kernels import rms_norm, turn_together
 from .library import PACKAGE, PRIORITY, refusal
 
 WIDEST, MOST_HEADS = 895, 999
@@ -33,13 +33,10 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Of no rows the page says nothing, so they do not reach the library."""
-    heads, rotary = q.shape[1], 2 * cos.shape[-1]
-    both = torch.cat((q, k), dim=1)
-    if both.numel():
-        cosines, sines = (torch.cat((part, part), dim=-1) for part in (cos, sin))
-        turned = _turned(both[..., :rotary], cosines, sines, "half")
-        both = torch.cat((turned, both[..., rotary:]), dim=-1)
-    return both[:, :heads], both[:, heads:]
+    if not len(q):
+        return torch.empty_like(q), torch.empty_like(k)
+    cosines, sines = (torch.cat((part, part), dim=-1) for part in (cos, sin))
+    return turn_together(q, k, 2 * cos.shape[-1], lambda x: _turned(x, cosines, sines, "half"))
 
 
 def qk_norm_rope(

@@ -70,14 +70,25 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys turn together: x * (cos, cos) + (x's halves swapped) * (-sin, sin)."""
-    heads, rotary = q.shape[1], 2 * cos.shape[-1]
-    both = torch.cat((q, k), dim=1)
-    turning = both[..., :rotary].float()
+    """x * (cos, cos) + (x's halves swapped) * (-sin, sin)."""
+    rotary = 2 * cos.shape[-1]
     cosines = torch.cat((cos, cos), dim=-1).unsqueeze(1)
     sines = torch.cat((-sin, sin), dim=-1).unsqueeze(1)
-    swapped = turning.roll(rotary // 2, dims=-1)
-    turned = (turning * cosines).addcmul_(swapped, sines).to(q.dtype)
+
+    def turn(x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * cosines).addcmul_(wide.roll(rotary // 2, dims=-1), sines).to(x.dtype)
+
+    return turn_together(q, k, rotary, turn)
+
+
+def turn_together(
+    q: Tensor, k: Tensor, rotary: int, turn: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`turn` of the first `rotary` numbers of each head, of queries and keys at once."""
+    heads = q.shape[1]
+    both = torch.cat((q, k), dim=1)
+    turned = turn(both[..., :rotary])
     if rotary < q.shape[-1]:
         turned = torch.cat((turned, both[..., rotary:]), dim=-1)
     return turned[:, :heads], turned[:, heads:]

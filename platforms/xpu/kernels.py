@@ -13,6 +13,7 @@ from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from ..torch_runtime.device import TorchDevice
 from ..torch_runtime.sampler import sample
+from ..torch_runtime.scaled_linear import scaled_linear
 from ..triton_kernels.register import register_triton
 from . import onednn
 
@@ -26,9 +27,15 @@ def _without_float64(facts: DeviceFacts, problem: Problem) -> str | None:
     return f"{facts.name} has float64" if facts.arch in WITH_FLOAT64 else None
 
 
+def _scales_rows(facts: DeviceFacts, problem: Problem) -> str | None:
+    """What torch's XPU product takes; which devices have the units, their facts say."""
+    return None
+
+
 def register(registry: KernelRegistry, device: TorchDevice) -> None:
     narrow = partial(sample, wide=torch.float32)
     registry.add(Kernel("sample", "float32_sums", _without_float64, narrow, ABOVE_TRITON))
     for kernel in onednn.kernels(device):
         registry.add(kernel)
+    registry.add(scaled_linear(device.facts, _scales_rows))
     register_triton(registry, device)

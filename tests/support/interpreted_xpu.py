@@ -12,7 +12,7 @@ from sixfold.platforms.torch_runtime.executor import TorchExecutor
 from sixfold.platforms.torch_runtime.interpreted import HostedDevice, start_interpreter
 from sixfold.platforms.xpu import RECORDED, XPUPlatform, device_facts
 
-FREE = 1 << 30
+FREE = 2 << 30
 
 
 class InterpretedDevice(HostedDevice):

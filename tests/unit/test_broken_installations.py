@@ -36,6 +36,10 @@ def package(name: str, version: str) -> Any:
     return lambda machine: {"packages": {**machine.packages, name: version}}
 
 
+def old_cann(machine: Machine) -> dict[str, Any]:
+    return {"tools": {**machine.tools, "cann": "8.3.RC1"}}
+
+
 def denied(machine: Machine) -> dict[str, Any]:
     return {"denied_nodes": machine.device_nodes}
 
@@ -49,6 +53,7 @@ BROKEN = [
     (NPU, without_driver, "the Ascend driver is not installed", "install the Ascend HDK driver"),
     (NPU, without("tools", "cann", "cann-environment"), "CANN is not installed", "CANN toolkit"),
     (NPU, without("tools", "cann-environment"), "environment is not loaded", "set_env.sh"),
+    (NPU, old_cann, "8.3.RC1 is older than torch_npu 2.13.0 takes", "of CANN 9.2.0"),
     (NPU, without("packages", "torch_npu"), "torch_npu is not installed", "torch_npu==2.13.0.*"),
     (
         NPU,
@@ -97,7 +102,7 @@ def test_versions_of_the_stack_are_named() -> None:
     (facts, *_) = probe("npu", load("ascend_910c")[0]).devices
     assert set(facts.libraries) == {"torch", "torch_npu", "cann", "driver"}
     found = " ".join(probe("npu", load("ascend_910c")[0]).found)
-    for part in ("driver 25.2.0", "CANN 8.3.RC1", "torch_npu 2.13.0", "torch 2.13.0"):
+    for part in ("driver 25.2.0", "CANN 8.5.0", "torch_npu 2.13.0", "torch 2.13.0"):
         assert part in found
 
 
