@@ -1,18 +1,24 @@
 """Guards that devices which are emulated or interpreted serve the text that the CPU serves: the npu
-platform over the emulator of torch_npu, the xpu platform with Triton's kernels interpreted."""
+platform over the emulator of torch_npu, those of GPUs with Triton's kernels interpreted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from serving import PATIENCE, Launcher, Running, install_hosted
 from tiny_babbler import write_babbler
 
 PROMPTS = ("The first card", "An other, longer prompt: " + "one page and more. " * 8)
+INTERPRETED = ("interpreted_cuda", "interpreted_rocm", "interpreted_xpu")
 TINY = ("--dtype", "float16", "--threads", "1", "--cache-tokens", "4096", "--max-context", "512")
 DEMO = ("--dtype", "float32", "--threads", "2", "--cache-tokens", "2048", "--max-context", "512")
+
+
+def wide(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.wide)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +53,7 @@ def text_of(launcher: Launcher, platform: str, *arguments: str | Path, tokens: i
         server.exit_code()
 
 
-@pytest.mark.parametrize(
-    "hosted", ["emulated_npu", pytest.param("interpreted_xpu", marks=pytest.mark.wide)]
-)
+@pytest.mark.parametrize("hosted", ["emulated_npu", *(wide(name) for name in INTERPRETED)])
 def test_text_is_the_cpus(hosted: str, launcher: Launcher, tiny: Path) -> None:
     install_hosted(launcher.folder / "env", hosted)
     plain = ("--kernel", "linear=generic", "--kernel", "attention=sdpa")

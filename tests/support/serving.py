@@ -145,17 +145,22 @@ def _install_faulty(folder: Path) -> None:
 
 HOSTED = {
     "emulated_npu": "support.emulated_npu.platform:PLATFORM",
-    "interpreted_xpu": "support.interpreted_xpu:PLATFORM",
+    "interpreted_cuda": "support.interpreted_devices:CUDA",
+    "interpreted_rocm": "support.interpreted_devices:ROCM",
+    "interpreted_xpu": "support.interpreted_devices:XPU",
 }
 """Platforms of devices that are not here: name -> where it is. They serve a tiny model."""
 
 PATIENCE = 900.0
 """Seconds for an answer of the demo model there."""
 
+# Triton's attention takes seconds a token in the interpreter: the tests of text have it.
+_INTERPRETED = ("--dtype", "float32", "--kernel", "attention=sdpa")
 SERVING_DEMO: dict[str, tuple[str, ...]] = {
     "emulated_npu": ("--dtype", "bfloat16"),
-    # Triton's attention takes seconds a token in the interpreter: the tests of text have it.
-    "interpreted_xpu": ("--dtype", "float32", "--kernel", "attention=sdpa"),
+    "interpreted_cuda": _INTERPRETED,
+    "interpreted_rocm": _INTERPRETED,
+    "interpreted_xpu": _INTERPRETED,
 }
 """What such a platform is asked for where it serves the demo model."""
 
