@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own spelling)
 from torch import Tensor
@@ -23,6 +24,8 @@ from ...common.errors import KernelError
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from ..torch_runtime.device import TorchDevice
+from ..torch_runtime.kernels import embedding as look_up
+from ..torch_runtime.rounding import round_int8
 from ..torch_runtime.stored_integers import scales_by_group, whole_zeros
 from .library import PACKAGE, PRIORITY, refusal
 
@@ -33,8 +36,10 @@ PAIRED = 8
 """Numbers of four bits in an int32."""
 CHANNEL = frozenset({"int8_channel"})
 GROUPED = frozenset(
-    {"int8_group", "gptq_int4", "gptq_int8", "awq_int4", "packed_int4", "packed_int8"}
+    {"int8", "int8_group", "gptq_int4", "gptq_int8", "awq_int4", "packed_int4", "packed_int8"}
 )
+ROUNDED = frozenset({"int8"})
+"""Made on load, and the form of such a model's embedding too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,10 +103,25 @@ def linear_in_eight_bits(
     return result
 
 
+def embedding(ids: Tensor, table: Tensor | IntMatrix, scale: float = 1.0) -> Tensor:
+    """By torch: the library looks up no rows of integers."""
+    if isinstance(table, Tensor):
+        return look_up(ids, table, scale)
+    numbers = table.weight.t().index_select(0, ids)
+    steps = table.scale.t().index_select(0, ids).float()
+    if table.group:
+        steps = steps.repeat_interleave(table.group, dim=1)[:, : numbers.shape[1]]
+    return (numbers.float() * steps * scale).to(table.scale.dtype)
+
+
 def prepare(weight: Any, problem: Problem, device: TorchDevice) -> Tensor | IntMatrix:
-    """A checkpoint's rows as the op reads them; a tensor as it is. Raises KernelError."""
+    """A checkpoint's rows as the op reads them, or a tensor rounded; one without a scheme as it is.
+    Raises KernelError."""
     if isinstance(weight, Tensor):
-        return weight
+        if problem.weights not in ROUNDED:
+            return weight
+        q, steps = (part.cpu().numpy() for part in round_int8(weight))
+        weight = QuantisedRows(8, q.astype(np.int8), steps, None, weight.shape[1])
     if not isinstance(weight, QuantisedRows):
         raise KernelError(f"{PACKAGE!r} has no form for {type(weight).__name__}.")
     dtype = getattr(torch, problem.dtype)
@@ -182,6 +202,12 @@ def _requires(facts: DeviceFacts, problem: Problem) -> str | None:
     return None
 
 
+def _requires_rows(facts: DeviceFacts, problem: Problem) -> str | None:
+    if problem.weights and problem.weights not in ROUNDED:
+        return f"has no {problem.weights} weights"
+    return _requires(facts, problem)
+
+
 def _requires_by_name(facts: DeviceFacts, problem: Problem) -> str | None:
     if problem.weights not in CHANNEL | {""}:
         return f"has no {problem.weights} weights"
@@ -196,6 +222,10 @@ def kernels(device: TorchDevice) -> tuple[Kernel, ...]:
         Kernel(
             "linear", PACKAGE, _requires, linear, PRIORITY,
             schemes=CHANNEL | GROUPED, prepare=on_device,
+        ),
+        Kernel(
+            "embedding", PACKAGE, _requires_rows, embedding, PRIORITY,
+            schemes=ROUNDED, prepare=on_device,
         ),
         Kernel(
             "linear", BY_NAME, _requires_by_name, linear_in_eight_bits, LAST,

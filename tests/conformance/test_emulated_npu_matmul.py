@@ -21,6 +21,7 @@ from sixfold.common.ops.conformance import check_op, run_suite
 from sixfold.common.ops.quantised_linear import awq_int4, int8_channel, packed_int4
 from sixfold.platforms.interface_kernels import Problem
 from sixfold.platforms.npu import experts, quantised
+from sixfold.platforms.torch_runtime.rounding import round_int8
 
 OURS = ("torch_npu", "torch_npu_w8a8")
 
@@ -108,6 +109,53 @@ def test_what_the_op_does_not_take_is_refused(
 def test_stacks_that_the_op_does_not_take_are_refused(dims: dict[str, int], reason: str) -> None:
     for kernel in experts.KERNELS:
         assert reason in str(kernel.requires(facts(), Problem(kernel.op, "bfloat16", dims)))
+
+
+# ---- rounded on load
+
+
+def rounded(dtype: str, n: int, k: int, op: str = "linear") -> tuple[torch.Tensor, Any]:
+    """(the numbers that a matrix of n by k is rounded to, its form here)."""
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(3)).to(getattr(torch, dtype))
+    q, scale = round_int8(weight)
+    values = (q * scale.float().unsqueeze(-1)).flatten(1)[:, :k]
+    problem = Problem(op, dtype, {"k": k, "n": n}, "int8")
+    return values, quantised.prepare(weight, problem, EmulatedDevice(facts()))
+
+
+@pytest.mark.parametrize(("n", "k"), [(33, 96), (5, 32), (17, 70), (3, 7)])
+def test_a_matrix_rounded_on_load_is_what_every_platform_rounds_it_to(n: int, k: int) -> None:
+    values, made = rounded("float16", n, k)
+    x = torch.randn(4, k, dtype=torch.float16)
+    want = x.float() @ values.t()
+    torch.testing.assert_close(quantised.linear(x, made).float(), want, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize(("n", "k"), [(33, 96), (5, 32), (17, 70)])
+def test_rows_of_a_rounded_embedding_are_its_numbers(n: int, k: int) -> None:
+    """In the form that a head has which shares the matrix."""
+    values, made = rounded("float16", n, k, "embedding")
+    ids = torch.tensor([0, n - 1, 2, 2])
+    assert torch.equal(quantised.embedding(ids, made, 2.0), (2 * values[ids]).half())
+    assert quantised.embedding(ids[:0], made).shape == (0, k)
+    plain = torch.randn(5, 8, dtype=torch.float16)
+    assert torch.equal(quantised.embedding(torch.tensor([4]), plain), plain[4:])
+
+
+def test_steps_of_the_next_group_are_caught() -> None:
+    values, made = rounded("float16", 33, 96)
+    shifted = replace(made, scale=made.scale.roll(1, 0))
+    ids = torch.arange(33)
+    assert not torch.equal(quantised.embedding(ids, shifted), values.half())
+
+
+@pytest.mark.parametrize("op", ["linear", "embedding"])
+def test_rounded_matrices_are_refused_where_steps_would_be_rounded(op: str) -> None:
+    kernel = next(k for k in quantised.kernels(EmulatedDevice(facts())) if k.op == op)
+    assert kernel.requires(facts(), Problem(op, "float16", {}, "int8")) is None
+    said = str(kernel.requires(facts(), Problem(op, "bfloat16", {}, "int8")))
+    assert "--dtype float16 keeps them" in said
+    assert "has no int4" in str(kernel.requires(facts(), Problem(op, "float16", {}, "int4")))
 
 
 # ---- traps of the pages
