@@ -108,13 +108,15 @@ def sample(
     sampling: SamplingArrays,
     grammar_mask: Tensor | None = None,
     pending: Tensor | None = None,
+    *,
+    wide: torch.dtype = torch.float64,
 ) -> Tensor:
     """As `torch_runtime.sampler.sample`."""
     plain = plain_rows(sampling)
     if plain.all():
         return _race(tuning, logits, *_asked(sampling, logits), grammar_mask)
     if not plain.any():
-        return generic_sample(logits, sampling, grammar_mask, pending)
+        return generic_sample(logits, sampling, grammar_mask, pending, wide=wide)
     result = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     for is_plain in (True, False):
         chosen = np.flatnonzero(plain == is_plain)
@@ -124,7 +126,7 @@ def sample(
         if is_plain:
             tokens = _race(tuning, logits[rows], *_asked(some, logits), words)
         else:
-            tokens = generic_sample(logits[rows], some, words, waiting)
+            tokens = generic_sample(logits[rows], some, words, waiting, wide=wide)
         result.index_copy_(0, rows, tokens)
     return result
 
@@ -153,10 +155,12 @@ def draw(
     min_p: Tensor,
     draws: Tensor,
     filtered: bool,
+    *,
+    wide: torch.dtype = torch.float64,
 ) -> Tensor:
     """As `torch_runtime.sampler.draw`, which has the filters."""
     if filtered:
-        return generic_draw(logits, temperature, top_k, top_p, min_p, draws, filtered)
+        return generic_draw(logits, temperature, top_k, top_p, min_p, draws, filtered, wide=wide)
     return _race(tuning, logits, temperature, draws, None)
 
 

@@ -33,10 +33,10 @@ class InterpretedPlatform(XPUPlatform):
 
     def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
         start_interpreter()
-        from sixfold.platforms.xpu.kernels import register
+        from sixfold.platforms.triton_kernels.register import register_triton
 
         device = InterpretedDevice(facts)
-        return TorchExecutor(spec, device, lambda registry: register(registry, device))
+        return TorchExecutor(spec, device, lambda registry: register_triton(registry, device))
 
 
 PLATFORM = InterpretedPlatform()

@@ -30,12 +30,12 @@ COMMAND = [sys.executable, str(ROOT / "ci" / "emulated_check.py"), "--platform",
 
 
 def xpu_suite() -> Suite:
-    from sixfold.platforms.xpu.kernels import register
+    from sixfold.platforms.triton_kernels.register import register_triton
 
     device = HostedDevice(xpu.device_facts(xpu.RECORDED, machine_with(xpu.RECORDED)))
     registry = KernelRegistry()
     register_generic(registry, device)
-    register(registry, device)
+    register_triton(registry, device)
     return suite_of(registry, device.facts, TorchRunner(device), "interpreted")
 
 

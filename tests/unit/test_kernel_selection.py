@@ -31,14 +31,14 @@ from sixfold.platforms.torch_runtime.executor import RUNTIME_OPS
 from sixfold.platforms.torch_runtime.interpreted import HostedDevice
 from sixfold.platforms.torch_runtime.kernels import register_generic
 from sixfold.platforms.triton_kernels import register as triton_register
-from sixfold.platforms.xpu.kernels import register as register_xpu
+from sixfold.platforms.triton_kernels.register import register_triton
 
 FLASHINFER = {"flashinfer-python": "0.7.2.post1"}
 AITER = {"amd-aiter": "0.1.7"}
 REGISTER: dict[str, Callable[..., None]] = {
     "cuda": register_cuda,
     "rocm": register_rocm,
-    "xpu": register_xpu,
+    "xpu": register_triton,
     "npu": register_npu,
 }
 MODELS = {"llama": fewer(LLAMA_8B, 1), "gemma": fewer(GEMMA_3_4B, 6)}
@@ -130,8 +130,7 @@ def test_triton_serves_every_machine_without_libraries(machine: str) -> None:
     choices = Choices(facts_of(machine))
     assert choices.attention == "triton"
     assert choices.provider(*PORTABLE, "rms_norm", "add_rms_norm") == {"triton"}
-    without_float64 = machine in ("intel_arc_b580", "intel_arc_b70")
-    assert choices.provider("sample") == {"float32_sums" if without_float64 else "triton"}
+    assert choices.provider("sample", "draw") == {"triton"}
     assert choices.provider("logprobs") == {"generic"}
     gemma = Choices(facts_of(machine), "gemma")
     assert gemma.attention == "triton"
@@ -351,18 +350,6 @@ def test_facts_that_kernels_ask_for(machine: str, facts: dict[str, Any]) -> None
     known = facts_of(machine)
     assert {name: getattr(known, name) for name in facts} == facts
     assert known.libraries["torch"].startswith("2.13.0")
-
-
-@pytest.mark.parametrize(
-    ("machine", "provider"),
-    [
-        ("intel_arc_b580", "float32_sums"),
-        ("intel_arc_b70", "float32_sums"),
-        ("intel_max_1550", "triton"),
-    ],
-)
-def test_sampling_asks_no_gpu_for_a_float64_that_it_has_not(machine: str, provider: str) -> None:
-    assert Choices(facts_of(machine)).of("sample").chosen == provider
 
 
 # ---- npu

@@ -38,8 +38,8 @@ from sixfold.platforms.interface import EngineSpec
 from sixfold.platforms.interface_step import LAST_TOKEN, StepImage
 from sixfold.platforms.rocm.device import ROCmDevice
 from sixfold.platforms.rocm.kernels import register as register_rocm
+from sixfold.platforms.triton_kernels.register import register_triton
 from sixfold.platforms.xpu.device import XPUDevice
-from sixfold.platforms.xpu.kernels import register as register_xpu
 
 pytest.importorskip("triton")
 
@@ -82,7 +82,7 @@ class Target:
 PARTS: dict[str, tuple[Any, Any]] = {
     "cuda": (CUDADevice, register_cuda),
     "rocm": (ROCmDevice, register_rocm),
-    "xpu": (XPUDevice, register_xpu),
+    "xpu": (XPUDevice, register_triton),
 }
 """Platform -> its device and what it registers."""
 
