@@ -97,6 +97,7 @@ class DeviceFacts:
     libraries: Mapping[str, str]
     features: frozenset[str] = frozenset()  # e.g. CPU flags "avx512_vnni", "amx_int8"
     cores: int = 0  # CPU: physical cores usable by this process
+    float64: bool = True  # whether it computes in 64-bit floats at all
 
 
 @dataclass(frozen=True, slots=True)

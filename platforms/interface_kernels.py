@@ -39,12 +39,13 @@ class Op:
     float32: frozenset[str] = frozenset()  # arguments that are float32 whatever the dtype
     in_place: frozenset[str] = frozenset()  # arguments that a kernel changes and returns
     weights: str = ""  # the scheme of `weight`, where this contract is of quantised matrices
+    kv_dtype: str = ""  # of the cache, where this contract is of attention over another dtype
     dims: Callable[[Mapping[str, Any]], Mapping[str, int]] | None = None  # of a case's Problem
 
     @property
     def title(self) -> str:
-        """The name, and the scheme of its weights behind a slash."""
-        return f"{self.name}/{self.weights}" if self.weights else self.name
+        """The name, and the scheme of its weights or the dtype of its cache behind a slash."""
+        return "/".join(filter(None, (self.name, self.weights, self.kv_dtype)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,11 @@ class CaseRunner(Protocol):
         self, op: Op, kernel: Kernel, case: Case, dtype: str
     ) -> Sequence[NDArray[Any]]: ...
 
-    def run_attention(self, backend: Any, case: Case, dtype: str) -> Sequence[NDArray[Any]]:
-        """`backend` is an AttentionBackend, the case one of the op "attention"."""
+    def run_attention(
+        self, backend: Any, case: Case, dtype: str, kv_dtype: str = ""
+    ) -> Sequence[NDArray[Any]]:
+        """`backend` is an AttentionBackend, the case one of the op "attention"; the cache keeps
+        keys and values as `kv_dtype`, "" as `dtype`."""
         ...
 
 

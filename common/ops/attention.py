@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...platforms.interface_kernels import Case, Op, Tolerance
 from .contract import F32, I32, I64, normal
-from .paging import kv_write
+from .paging import from_int8_rows, kv_write, to_int8_rows
 
 TOLERANCE = {
     "float32": Tolerance(1e-5, 1e-5),
@@ -74,6 +75,12 @@ def attention(
                 weights /= weights.sum() + np.exp(sink - peak)
                 result[token, head] = weights @ values[seen_slots, head // group]
     return result.astype(np.float32)
+
+
+def int8_attention(**args: Any) -> F32:
+    """`attention` where the cache rounds keys and values to eight bits (`to_int8_rows`)."""
+    kept = {name: from_int8_rows(to_int8_rows(args[name])) for name in ("keys", "values", "k", "v")}
+    return attention(**{**args, **kept})
 
 
 def flat_slots(page_table: I32, query_start: I32, context_lens: I32, page_size: int) -> I64:
@@ -231,5 +238,13 @@ def random_trees(rng: np.random.Generator, shape: Shape) -> NDArray[np.bool_]:
 OPS = (
     Op("attention", attention, cases, TOLERANCE, float32=frozenset({"sinks"})),
     Op("tree_attention", attention, tree_cases, TOLERANCE, float32=frozenset({"sinks"})),
+    Op(
+        "attention",
+        int8_attention,
+        cases,
+        TOLERANCE,
+        float32=frozenset({"sinks"}),
+        kv_dtype="int8",
+    ),
 )
-"""Both are of attention backends, which refuse the second where they have no tree masks."""
+"""Of attention backends, which refuse those whose tree masks or kept dtype they do not have."""

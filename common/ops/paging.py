@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...platforms.interface_kernels import Case, Op
 from .contract import EXACT, F32, I64, normal
@@ -21,6 +22,21 @@ def kv_write(keys: F32, values: F32, slots: I64, k: F32, v: F32) -> tuple[F32, F
     keys, values = keys.copy(), values.copy()
     keys[slots], values[slots] = k, v
     return keys, values
+
+
+def to_int8_rows(x: F32) -> NDArray[np.int8]:
+    """x (..., dim) -> (..., dim + 4), a cache's form in eight bits: whole steps of a 127th of a
+    row's largest magnitude, then that step as a float32. NaN becomes 0 steps, its row's step NaN.
+    """
+    step = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    q = np.nan_to_num(np.rint(x / np.where(step > 0, step, 1))).astype(np.int8)
+    return np.concatenate((q, step.astype("<f4").view(np.int8)), -1)
+
+
+def from_int8_rows(rows: NDArray[np.int8]) -> F32:
+    """(..., dim + 4) -> the numbers (..., dim) that a cache in eight bits holds."""
+    step = np.ascontiguousarray(rows[..., -4:]).view("<f4")
+    return np.asarray(rows[..., :-4].astype(np.float32) * step, np.float32)
 
 
 def page_copy(pool: F32, sources: I64, targets: I64) -> F32:

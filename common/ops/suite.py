@@ -15,11 +15,11 @@ from ...platforms.interface_kernels import Case, CaseRunner, Kernel, Op, Problem
 from ...platforms.interface_kv import KVGroup, KVKind
 from ...platforms.interface_step import StepBatch
 from ..checkpoint.block_floats import StoredMatrix
-from . import OPS
+from . import OPS, attention
 from .registry import KernelRegistry, refusals
 from .sample_cases import sampling_arrays
 
-ATTENTION = ("attention", "tree_attention")
+ATTENTION = tuple(op.title for op in attention.OPS)
 """Contracts of attention backends."""
 
 
@@ -37,7 +37,7 @@ def suite_of(
         for op in contracts(kernel.op)
     ]
     subjects += [
-        attention_subject(op, backend, facts, runner, partial(unverified, backend.name))
+        attention_subject(OPS[op], backend, facts, runner, partial(unverified, backend.name))
         for op in ATTENTION
         for backend in registry.backends()
     ]
@@ -66,19 +66,19 @@ def kernel_subject(
 
 
 def attention_subject(
-    op: str,
+    op: Op,
     backend: AttentionBackend,
     facts: DeviceFacts,
     runner: CaseRunner,
     unverified: Callable[[str], str] = lambda dtype: "",
 ) -> Subject:
     def requires(case: Case, dtype: str) -> str | None:
-        return "; ".join(refusals(backend, spec_of(case, dtype), facts)) or None
+        return "; ".join(refusals(backend, spec_of(case, dtype, op.kv_dtype), facts)) or None
 
     def run(case: Case, dtype: str) -> Any:
-        return runner.run_attention(backend, case, dtype)
+        return runner.run_attention(backend, case, dtype, op.kv_dtype)
 
-    return Subject(op, backend.name, requires, run, unverified)
+    return Subject(op.title, backend.name, requires, run, unverified)
 
 
 def problem_of(op: Op, case: Case, dtype: str) -> Problem:

@@ -27,7 +27,9 @@ class MLXRunner:
             args["weight"] = kernel.prepare(case.args["weight"], problem_of(op, case, dtype))
         return [to_numpy(found) for found in as_list(kernel.fn(**args))]
 
-    def run_attention(self, backend: Any, case: Case, dtype: str) -> Sequence[NDArray[Any]]:
+    def run_attention(
+        self, backend: Any, case: Case, dtype: str, kv_dtype: str = ""
+    ) -> Sequence[NDArray[Any]]:
         raise ConformanceError("MLX has no attention backends: mlx-lm's models attend themselves")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...common.errors import ConformanceError
 from ...common.ops.conformance import as_list, is_float
+from ...common.ops.paging import to_int8_rows
 from ...common.ops.registry import KernelRegistry
 from ...common.ops.suite import group_of, is_stored, problem_of, spec_of, step_of, suite_of
 from ..interface_kernels import Case, Kernel, KernelTable, Op, Suite
@@ -145,14 +146,6 @@ def to_numpy(result: Tensor) -> NDArray[Any]:
     """On the host; floats as float32."""
     host = result.detach().cpu()
     return np.asarray((host.float() if host.is_floating_point() else host).numpy())
-
-
-def to_int8_rows(x: NDArray[Any]) -> NDArray[np.int8]:
-    """x (..., dim) float32 -> (..., dim + 4): whole steps of a 127th of a row's largest magnitude,
-    then that step as a float32. NaN becomes 0 steps."""
-    step = np.abs(x).max(-1, keepdims=True) / np.float32(127)
-    q = np.nan_to_num(np.rint(x / np.where(step > 0, step, 1))).astype(np.int8)
-    return np.concatenate((q, step.astype("<f4").view(np.int8)), -1)
 
 
 def device_suite(

@@ -58,6 +58,11 @@ class TorchDevice:
     def facts(self) -> DeviceFacts:
         return self._facts
 
+    @property
+    def sums(self) -> torch.dtype:
+        """The dtype of the sampler's sums over a vocabulary."""
+        return torch.float64 if self._facts.float64 else torch.float32
+
     def prepare(self) -> None:
         """Settings of the whole process, made before the thread of `attach` is started. Most
         devices have none; the CPU's are in `platforms/cpu`."""

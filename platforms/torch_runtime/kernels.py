@@ -4,6 +4,7 @@ every torch platform. Statistics and rotations are computed in float32 whatever 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -206,6 +207,10 @@ READS_ON_HOST = frozenset({"moe", "moe_experts"})
 the host for longer rows only."""
 
 
+SUMS = ("sample", "draw")
+"""Ops with sums over the vocabulary, in the dtype that the device has for them."""
+
+
 def _anywhere(facts: DeviceFacts, problem: Problem) -> str | None:
     return f"has no {problem.weights} weights" if problem.weights else None
 
@@ -213,6 +218,7 @@ def _anywhere(facts: DeviceFacts, problem: Problem) -> str | None:
 def register_generic(registry: KernelRegistry, device: TorchDevice) -> None:
     """Add the generic kernels and the generic attention backend, at priority 0."""
     for op, fn in GENERIC.items():
+        fn = partial(fn, wide=device.sums) if op in SUMS else fn
         registry.add(Kernel(op, "generic", _anywhere, fn, graph_safe=op not in READS_ON_HOST))
     registry.add(widened_linear(device))
     registry.add_attention(SdpaAttention(device))

@@ -9,6 +9,7 @@ kept set, so ties go to the lowest id whatever the sort does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,14 +66,17 @@ def by_rows(
     sampling: SamplingArrays,
     grammar_mask: Tensor | None,
     pending: Tensor | None,
+    *,
+    wide: torch.dtype = torch.float64,
 ) -> Tensor:
-    """`special` for the `chosen` rows (R,), `sample` for the others."""
+    """`special` for the `chosen` rows (R,), `sample` with `wide` for the others."""
+    rest = partial(sample, wide=wide)
     if not chosen.any():
-        return sample(logits, sampling, grammar_mask, pending)
+        return rest(logits, sampling, grammar_mask, pending)
     if chosen.all():
         return special(logits, sampling, grammar_mask, pending)
     result = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    for wanted, work in ((True, special), (False, sample)):
+    for wanted, work in ((True, special), (False, rest)):
         places = np.flatnonzero(chosen == wanted)
         rows = _index(places, logits)
         words, waiting = (None if x is None else x[rows] for x in (grammar_mask, pending))

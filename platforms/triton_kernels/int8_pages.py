@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, heads_of
-from .tuning import Tuning, power_of_two
+from .paging import launch_write
+from .tuning import Tuning
 
 STEP_BYTES = 4
 """Of a row, behind its codes. Rows are read as float32 too: dims are multiples of four."""
@@ -81,26 +81,6 @@ def write_int8_pages(
 ) -> None:
     """keys, values (pages, token, heads, dim + 4) int8 of equal strides; slots (T,) of any
     integers; k, v (T, heads, dim)."""
-    k, v = heads_of(k), heads_of(v)
-    tokens, heads, dim = k.shape
-    columns = power_of_two(dim)
-    block = min(power_of_two(heads), max(1, tuning.row_elements // columns))
-    if tokens:
-        write_int8_kernel[(tokens, ceil_div(heads, block))](
-            k,
-            v,
-            slots,
-            keys,
-            values,
-            keys.view(torch.float32),
-            values.view(torch.float32),
-            *k.stride()[:2],
-            *v.stride()[:2],
-            *keys.stride()[:3],
-            heads,
-            PAGE_SIZE=keys.shape[1],
-            DIM=dim,
-            HEADS=block,
-            COLUMNS=columns,
-            num_warps=tuning.warps(block * columns),
-        )
+    storages = (keys, values, keys.view(torch.float32), values.view(torch.float32))
+    strides, size = keys.stride()[:3], keys.shape[1]
+    launch_write(write_int8_kernel, tuning, storages, strides, size, slots, k, v)

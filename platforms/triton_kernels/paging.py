@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -126,37 +129,46 @@ def page_digest_kernel(
     tl.store(at + 1, tl.sum(second, axis=0).to(tl.uint32).to(tl.int64))
 
 
-def write_pages(
+def launch_write(
+    kernel: Any,
     tuning: Tuning,
-    keys: Tensor,
-    values: Tensor,
+    storages: Sequence[Tensor],
+    strides: Sequence[int],
+    page_size: int,
     slots: Tensor,
     k: Tensor,
     v: Tensor,
 ) -> None:
-    """keys, values (pages, token, heads, dim) of equal strides; slots (T,) of any integers; k, v
-    (T, heads, dim)."""
+    """A kernel that writes tokens k, v (T, heads, dim) at `slots`, a block of heads a program."""
     k, v = heads_of(k), heads_of(v)
     tokens, heads, dim = k.shape
     columns = power_of_two(dim)
     block = min(power_of_two(heads), max(1, tuning.row_elements // columns))
     if tokens:
-        write_kernel[(tokens, ceil_div(heads, block))](
+        kernel[(tokens, ceil_div(heads, block))](
             k,
             v,
             slots,
-            keys,
-            values,
+            *storages,
             *k.stride()[:2],
             *v.stride()[:2],
-            *keys.stride(),
+            *strides,
             heads,
-            PAGE_SIZE=keys.shape[1],
+            PAGE_SIZE=page_size,
             DIM=dim,
             HEADS=block,
             COLUMNS=columns,
             num_warps=tuning.warps(block * columns),
         )
+
+
+def write_pages(
+    tuning: Tuning, keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor
+) -> None:
+    """keys, values (pages, token, heads, dim) of equal strides; slots (T,) of any integers; k, v
+    (T, heads, dim)."""
+    size = keys.shape[1]
+    launch_write(write_kernel, tuning, (keys, values), keys.stride(), size, slots, k, v)
 
 
 def kv_write(

@@ -137,7 +137,7 @@ def register_triton(registry: KernelRegistry, device: TorchDevice) -> None:
         return pack_experts(weights, problem, device)
 
     for op, module in OPS.items():
-        fn = partial(refused_kernel, reason) if reason else _bound(module, op, device.facts)
+        fn = partial(refused_kernel, reason) if reason else _bound(module, op, device)
         kernel = Kernel(op, "triton", requires, fn, PRIORITY)
         if op in WEIGHTS:
             kernel = replace(kernel, prepare=prepare_stack if op in EXPERTS else prepare)
@@ -149,6 +149,6 @@ def register_triton(registry: KernelRegistry, device: TorchDevice) -> None:
         registry.add_attention(backend, PRIORITY)
 
 
-def _bound(module: str, op: str, facts: DeviceFacts) -> Callable[..., Any]:
-    fn = getattr(import_module(f".{module}", __package__), op)
-    return partial(fn, tuning.choose(facts))
+def _bound(module: str, op: str, device: TorchDevice) -> Callable[..., Any]:
+    fn = partial(getattr(import_module(f".{module}", __package__), op), tuning.choose(device.facts))
+    return partial(fn, wide=device.sums) if module == "sampling" else fn

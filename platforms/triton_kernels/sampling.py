@@ -107,6 +107,8 @@ def sample(
     sampling: SamplingArrays,
     grammar_mask: Tensor | None = None,
     pending: Tensor | None = None,
+    *,
+    wide: torch.dtype = torch.float64,
 ) -> Tensor:
     """As `torch_runtime.sampler.sample`."""
 
@@ -115,7 +117,8 @@ def sample(
     ) -> Tensor:
         return _race(tuning, logits, *_asked(s, logits), words)
 
-    return by_rows(plain_rows(sampling), plain, logits, sampling, grammar_mask, pending)
+    chosen = plain_rows(sampling)
+    return by_rows(chosen, plain, logits, sampling, grammar_mask, pending, wide=wide)
 
 
 def _asked(s: SamplingArrays, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,10 +145,12 @@ def draw(
     min_p: Tensor,
     draws: Tensor,
     filtered: bool,
+    *,
+    wide: torch.dtype = torch.float64,
 ) -> Tensor:
     """As `torch_runtime.sampler.draw`, which has the filters."""
     if filtered:
-        return generic_draw(logits, temperature, top_k, top_p, min_p, draws, filtered)
+        return generic_draw(logits, temperature, top_k, top_p, min_p, draws, filtered, wide=wide)
     return _race(tuning, logits, temperature, draws, None)
 
 

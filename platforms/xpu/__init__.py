@@ -45,6 +45,7 @@ ARCHITECTURES = {
     "dg2": (12, 55), "pvc": (12, 60), "mtl": (12, 70), "bmg": (20, 1), "lnl": (20, 4),
     "ptl": (30, 0),
 }  # fmt: skip
+WITH_FLOAT64 = frozenset({"pvc"})
 DISCRETE = frozenset({"dg2", "pvc", "bmg"})
 EXTENSION = "intel-extension-for-pytorch"
 INDEX = "--index-url https://download.pytorch.org/whl/xpu"
@@ -63,6 +64,7 @@ def device_facts(device: Accelerator, machine: Machine) -> DeviceFacts:
         arch=ARCHITECTURES.get(device.arch, ()),
         memory_bytes=device.memory_bytes or (machine.memory_bytes if integrated else 0),
         unified_memory=integrated,
+        float64=device.arch in WITH_FLOAT64,
         lane_width=8 if device.arch == "dg2" else 16,  # native SIMD of the vector engine
         dtypes=frozenset({"float32", "float16", "bfloat16", "int8"}),
         fp8="none",

@@ -33,6 +33,9 @@ def test_five_kernels_off_by_one_are_caught(monkeypatch: pytest.MonkeyPatch) -> 
     broken = {(op, "sdpa" if op == "attention" else "generic") for op in OPS}
     assert {key for key, kernel in after.items() if kernel["status"] == "fail"} == broken
     for key, kernel in after.items():
+        if key == ("attention/int8", "sdpa"):
+            assert kernel["status"] == before[key]["status"] == "unsupported"
+            continue
         assert before[key]["status"] == "pass"
         if key in broken:
             assert kernel["failures"][0]["error"] > 0

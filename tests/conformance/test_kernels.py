@@ -13,7 +13,7 @@ from support.kernel_checks import cpu_facts, cpu_registry, verdict_of
 
 from sixfold.common.ops import OPS
 from sixfold.common.ops.conformance import DTYPES, run_suite
-from sixfold.common.ops.suite import contracts
+from sixfold.common.ops.suite import ATTENTION, contracts
 from sixfold.platforms.cpu import PLATFORM
 from sixfold.platforms.interface_kernels import Suite
 from sixfold.platforms.torch_runtime import kernels as generic
@@ -39,7 +39,7 @@ def test_every_kernel_equals_its_reference(op: str, suite: Suite) -> None:
     if op not in BY_THEIR_PLATFORM:
         assert "pass" in {verdict.status for verdict in verdicts}, f"op {op!r} has no kernel"
     for verdict in verdicts:
-        wanted = {"pass", "unsupported"} if OPS[op].weights or op == "tree_attention" else {"pass"}
+        wanted = {"pass", "unsupported"} if OPS[op].weights or op in ATTENTION else {"pass"}
         assert verdict.status in wanted, verdict
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from support.attention_checks import from_int8_rows, run_case
+from support.attention_checks import run_case
 from support.kernel_checks import cpu_device, rounded_to_bytes, verdict_of
 from support.native_forms import FORMS, HERE
 from torch import Tensor
 
 from sixfold.common.ops import OPS
+from sixfold.common.ops.paging import from_int8_rows, to_int8_rows
 from sixfold.common.ops.suite import group_of, step_of
 from sixfold.platforms.cpu import native_attention, packing
 from sixfold.platforms.cpu.kernels import NATIVE_OPS
@@ -23,7 +24,7 @@ from sixfold.platforms.cpu.native_ops import Issuer, NativeOps
 from sixfold.platforms.cpu.packing import PackedWeight
 from sixfold.platforms.interface_attention import AttentionSpec
 from sixfold.platforms.interface_kernels import Case, KernelTable
-from sixfold.platforms.torch_runtime.conformance import LAYER, to_int8_rows
+from sixfold.platforms.torch_runtime.conformance import LAYER
 from sixfold.platforms.torch_runtime.dtypes import KV_DTYPES
 from sixfold.platforms.torch_runtime.pools import TorchKVPool
 

@@ -1,11 +1,10 @@
-"""Guards what Intel GPUs without float64 are given: sampling that keeps its contract and makes no
+"""Guards what Intel GPUs without float64 are given: sampling that keeps its contracts and makes no
 float64 tensor. On host tensors, by torch's operations."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support.recorded_machines import load
@@ -25,15 +24,17 @@ from sixfold.platforms.torch_runtime.kernels import register_generic
 pytest.importorskip("triton")
 
 
-def subjects(machine: str) -> dict[str, Subject]:
-    from sixfold.platforms.xpu.kernels import register
+OPS_WITH_SUMS = ("sample", "draw")
 
+
+def generic(machine: str, op: str) -> Subject:
+    """The torch kernel of an op as a machine's GPU gets it."""
     device = HostedDevice(select.probe_all(load(machine)[0])["xpu"].devices[0])
     registry = KernelRegistry()
     register_generic(registry, device)
-    register(registry, device)
     suite = suite_of(registry, device.facts, TorchRunner(device), "emulated")
-    return {one.provider: one for one in suite.subjects if one.op == "sample"}
+    (found,) = (one for one in suite.subjects if (one.op, one.provider) == (op, "generic"))
+    return found
 
 
 class _Wide(TorchDispatchMode):
@@ -48,23 +49,35 @@ class _Wide(TorchDispatchMode):
         return result
 
 
-def test_sums_in_float32_keep_the_contract() -> None:
-    (verdict,) = check_op(OPS["sample"], [subjects("intel_arc_b580")["float32_sums"]])
+@pytest.mark.parametrize("op", OPS_WITH_SUMS)
+def test_sums_in_float32_keep_the_contract(op: str) -> None:
+    (verdict,) = check_op(OPS[op], [generic("intel_arc_b580", op)])
     assert (verdict.status, verdict.failures) == ("pass", [])
 
 
-@pytest.mark.parametrize(("provider", "makes"), [("float32_sums", False), ("generic", True)])
-def test_no_float64_is_made_and_the_generic_kernel_makes_some(provider: str, makes: bool) -> None:
+@pytest.mark.parametrize("op", OPS_WITH_SUMS)
+@pytest.mark.parametrize(
+    ("machine", "makes"),
+    [("intel_arc_b70", False), ("intel_core_ultra", False), ("intel_max_1550", True)],
+)
+def test_float64_is_made_where_the_card_has_it_and_nowhere_else(
+    machine: str, makes: bool, op: str
+) -> None:
     with _Wide() as wide:
-        check_op(OPS["sample"], [subjects("intel_arc_b580")[provider]])
+        check_op(OPS[op], [generic(machine, op)])
     assert (wide.found > 0) is makes
 
 
-@pytest.mark.parametrize(
-    ("machine", "reason"),
-    [("intel_arc_b70", None), ("intel_core_ultra", None), ("intel_max_1550", "has float64")],
-)
-def test_the_card_with_float64_keeps_it(machine: str, reason: str | None) -> None:
-    case = next(iter(OPS["sample"].cases(np.random.default_rng(0))))
-    said = subjects(machine)["float32_sums"].requires(case, "float32")
-    assert said is None if reason is None else reason in str(said)
+@pytest.mark.parametrize("op", OPS_WITH_SUMS)
+@pytest.mark.parametrize("width", [torch.float32, torch.float64])
+def test_triton_leaves_filtered_rows_to_the_generic_kernel_in_the_same_width(
+    op: str, width: torch.dtype
+) -> None:
+    from sixfold.platforms.triton_kernels.register import register_triton
+
+    machine = "intel_arc_b580" if width == torch.float32 else "intel_max_1550"
+    device = HostedDevice(select.probe_all(load(machine)[0])["xpu"].devices[0])
+    registry = KernelRegistry()
+    register_triton(registry, device)
+    (kernel,) = (k for k in registry.kernels() if k.op == op)
+    assert kernel.fn.keywords == {"wide": width}  # type: ignore[attr-defined]

@@ -45,14 +45,15 @@ def test_five_kernels_off_by_one_are_caught(
 ) -> None:
     ops = [*FAULTS, "attention", "silu_mul", "layer_norm"]
     named = [word for op in ops for word in ("--op", op)]
-    few = replace(OPS["attention"], cases=lambda rng: list(ATTENTION_CASES(rng))[:4])
-    monkeypatch.setitem(OPS, "attention", few)
+    for title in ("attention", "attention/int8"):
+        few = replace(OPS[title], cases=lambda rng: list(ATTENTION_CASES(rng))[:4])
+        monkeypatch.setitem(OPS, title, few)
     break_triton(monkeypatch, tmp_path)
     done = CliRunner().invoke(check, ["--platform", "cuda", "--interpret", *named, "--json"])
     assert done.exit_code == 1
     kernels: list[dict[str, Any]] = json.loads(done.stdout)["kernels"]
     found = {k["op"]: k for k in kernels if k["provider"] == "triton" and k["executed"]}
-    assert set(found) == set(ops)
+    assert set(found) == {*ops, "attention/int8"}
     for op, kernel in found.items():
         if op in ("silu_mul", "layer_norm"):
             assert kernel["status"] == "pass"

@@ -22,8 +22,3 @@ def run_case(
     """(T, heads, dim) and the pool afterwards."""
     result, pool = TorchRunner(cpu_device()).attend(backend, case, dtype, kv_dtype)
     return to_numpy(result), pool
-
-
-def from_int8_rows(rows: np.ndarray) -> np.ndarray:
-    step = np.ascontiguousarray(rows[..., -4:]).view("<f4")
-    return rows[..., :-4].astype(np.float32) * step

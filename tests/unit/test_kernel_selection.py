@@ -78,7 +78,7 @@ def facts_of(machine: str, libraries: dict[str, str] | None = None) -> DeviceFac
 
 
 class Choices:
-    """What a platform chooses for a model of a shape, in bfloat16."""
+    """What a platform chooses for a model of a shape."""
 
     def __init__(
         self,
@@ -89,15 +89,16 @@ class Choices:
         strict: bool = False,
         sinks: bool = False,
         stored: dict[str, str] | None = None,
+        dtype: str = "bfloat16",
     ) -> None:
         registry, device = KernelRegistry(), HostedDevice(facts)
         register_generic(registry, device)
         REGISTER[facts.kind](registry, device)
-        built = RandomSource(MODELS[model]).build(KernelTable({}, ()), torch.bfloat16, "")
+        built = RandomSource(MODELS[model]).build(KernelTable({}, ()), getattr(torch, dtype), "")
         assign_schemes(built, quantize, stored or {})
         layers = [module for module in built.modules() if hasattr(module, "problems")]
         problems = [problem for layer in layers for problem in layer.problems()]
-        problems += [Problem(op, "bfloat16") for op in RUNTIME_OPS]
+        problems += [Problem(op, dtype) for op in RUNTIME_OPS]
         self.table = registry.resolve(problems, facts, chosen or {}, strict)
         specs = [replace(spec, sinks=sinks) for spec in built.attention_specs()]
         wanted = (chosen or {}).get("attention")
@@ -130,8 +131,7 @@ def test_triton_serves_every_machine_without_libraries(machine: str) -> None:
     choices = Choices(facts_of(machine))
     assert choices.attention == "triton"
     assert choices.provider(*PORTABLE, "rms_norm", "add_rms_norm") == {"triton"}
-    without_float64 = machine in ("intel_arc_b580", "intel_arc_b70")
-    assert choices.provider("sample") == {"float32_sums" if without_float64 else "triton"}
+    assert choices.provider("sample", "draw") == {"triton"}
     assert choices.provider("logprobs") == {"generic"}
     gemma = Choices(facts_of(machine), "gemma")
     assert gemma.attention == "triton"
@@ -263,6 +263,7 @@ def test_fp8_products_have_a_kernel(machine: str) -> None:
         ("nvidia_h100", {"arch": (8, 9)}, "need compute capability 9.0"),
         ("nvidia_h100", {"arch": (8, 0), "fp8": "none"}, "has no units for eight-bit floats"),
         ("amd_radeon_gfx1100", {}, "has no units for eight-bit floats"),
+        ("intel_arc_b580", {}, "Arc B580 has no units for eight-bit floats"),
         ("amd_mi300x", {"arch": (12, 0, 1), "fp8": "ocp"}, "scales by row are for gfx942"),
     ],
 )
@@ -353,18 +354,6 @@ def test_facts_that_kernels_ask_for(machine: str, facts: dict[str, Any]) -> None
     assert known.libraries["torch"].startswith("2.13.0")
 
 
-@pytest.mark.parametrize(
-    ("machine", "provider"),
-    [
-        ("intel_arc_b580", "float32_sums"),
-        ("intel_arc_b70", "float32_sums"),
-        ("intel_max_1550", "triton"),
-    ],
-)
-def test_sampling_asks_no_gpu_for_a_float64_that_it_has_not(machine: str, provider: str) -> None:
-    assert Choices(facts_of(machine)).of("sample").chosen == provider
-
-
 # ---- npu
 
 OF_LIBRARY = ("rms_norm", "add_rms_norm", "silu_mul", "rope", "sample")
@@ -404,3 +393,34 @@ def test_elsewhere_npu_kernels_are_generic_with_the_reason(
     for op in OF_LIBRARY:
         assert choices.of(op).chosen == "generic"
         assert reason in dict(choices.of(op).rejected)["torch_npu"]
+
+
+def test_int8_rounded_on_load_is_the_librarys_below_its_limit() -> None:
+    """The op has no more than 65535 outputs, which the heads of large vocabularies pass."""
+    with pytest.raises(KernelError, match="n is up to 65535, not 128256"):
+        Choices(facts_of("ascend_910b"), quantize="int8", dtype="float16")
+    with pytest.raises(KernelError, match="--dtype float16 keeps them"):
+        Choices(facts_of("ascend_910b"), quantize="int8")
+
+
+# ---- xpu
+
+
+def test_four_bits_are_tritons_and_onednn_may_be_named() -> None:
+    asked: Any = {"quantize": "stored", "stored": stored("packed_int4"), "dtype": "float16"}
+    linear = Choices(facts_of("intel_arc_b580"), **asked).of("linear")
+    assert (linear.chosen, linear.fallback) == ("triton", False)
+    assert ("onednn", "lower priority than triton") in linear.rejected
+    named = Choices(facts_of("intel_arc_b580"), chosen={"linear": "onednn"}, **asked)
+    assert named.of("linear").chosen == "onednn"
+
+
+def test_four_bits_without_triton_are_onednns() -> None:
+    choices = Choices(
+        facts_of("intel_arc_b580"),
+        quantize="stored",
+        stored=stored("packed_int4"),
+        dtype="float16",
+    )
+    assert choices.of("linear").chosen == "onednn"
+    assert dict(choices.of("linear").rejected)["triton"] == NO_TRITON

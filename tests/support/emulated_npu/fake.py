@@ -37,6 +37,11 @@ def npu_rotary_mul(x: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str = "half")
     return torch.empty_like(x)
 
 
+def npu_top_k_top_p(logits: Tensor, p: Tensor, k: Tensor) -> Tensor:
+    need(p.shape == k.shape == logits.shape[:1], "npu_top_k_top_p", "a p and a k for each row")
+    return torch.empty_like(logits)
+
+
 def npu_scatter_pa_kv_cache(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, **given: Any
 ) -> None:
@@ -68,7 +73,7 @@ def npu_grouped_matmul(x: Any, weight: Any, *, group_list: Tensor, **given: Any)
 
 OPS = (
     npu_add_rms_norm, npu_fused_infer_attention_score, npu_grouped_matmul, npu_rms_norm,
-    npu_rotary_mul, npu_scatter_pa_kv_cache, npu_swiglu,
+    npu_rotary_mul, npu_scatter_pa_kv_cache, npu_swiglu, npu_top_k_top_p,
 )  # fmt: skip
 
 
