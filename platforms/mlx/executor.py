@@ -35,7 +35,7 @@ from .forms import choose
 from .kernels import register
 from .loading import DTYPES, compute_dtype, load_model, weight_bytes
 from .matrices import arrange
-from .memory import on_metal, set_limits, working_set
+from .memory import keep_freed, on_metal, set_limits, working_set
 from .metal.register import decisions
 from .paged_decode import OP as PAGED
 from .pools import LayerPages, LayerStates, MLXPages
@@ -146,6 +146,7 @@ class MLXExecutor:
             log.add("fused functions", "compiled", "by MLX, once for each shape")
             return
         log.add("MLX device", "CPU", "MLX has no Metal here")
+        log.extend([keep_freed()])
         if self._spec.graphs == "on":
             mx.enable_compile()
             log.add("fused functions", "compiled", "MLX runs g++ for each of them: --graphs on")
