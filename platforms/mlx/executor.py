@@ -31,11 +31,12 @@ from ..interface_step import StepBatch, StepResult
 from ..judgement import SERVED
 from .caches import Cache, CacheGroup, PagedCache, StateCache
 from .compiled_steps import TOY_PAGES, CompiledSteps
+from .declared import check_caps, context_length, note_angles
 from .forms import choose
 from .kernels import register
 from .loading import DTYPES, compute_dtype, load_model, weight_bytes
 from .matrices import arrange
-from .memory import on_metal, set_limits, working_set
+from .memory import keep_freed, on_metal, set_limits, working_set
 from .metal.register import decisions
 from .paged_decode import OP as PAGED
 from .pools import LayerPages, LayerStates, MLXPages
@@ -120,14 +121,17 @@ class MLXExecutor:
         registry = KernelRegistry()
         register(registry)
         paged = self._kernels(registry, [Problem(PAGED, dtype)])
+        check_caps(model, checkpoint)
+        note_angles(checkpoint, log)
         found = self._recognised(model, DTYPES[dtype], paged.kernels[PAGED], log)
+        context = context_length(checkpoint, found.windows, spec.max_context, log)
         kv_dtype = self._kv_dtype(found, log)
         problems = [*(Problem(op, dtype) for op in OPS), Problem("page_gather", kv_dtype)]
         ops = self._kernels(registry, problems)
         log.extend((*paged.decisions, *ops.decisions, *decisions(paged, ops)))
         needs = group_needs([layer.need for layer in found.layers], KINDS)
         budget = self._budget(weights)
-        plan = CachePlanner(spec, needs, kv_dtype, checkpoint.context_length, budget, log).plan()
+        plan = CachePlanner(spec, needs, kv_dtype, context, budget, log).plan()
         compiles = self._may_compile(found, plan, needs, kv_dtype, ops, log)
         groups, caches = self._reserve(found, plan, needs, kv_dtype, ops)
         compiled = CompiledSteps(found.model, groups, caches) if compiles else None
@@ -146,6 +150,7 @@ class MLXExecutor:
             log.add("fused functions", "compiled", "by MLX, once for each shape")
             return
         log.add("MLX device", "CPU", "MLX has no Metal here")
+        log.extend([keep_freed()])
         if self._spec.graphs == "on":
             mx.enable_compile()
             log.add("fused functions", "compiled", "MLX runs g++ for each of them: --graphs on")

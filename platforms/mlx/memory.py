@@ -6,6 +6,8 @@ used without the system starting to swap; it is well below the RAM.
 
 from __future__ import annotations
 
+import ctypes
+
 import mlx.core as mx
 import psutil
 
@@ -13,6 +15,13 @@ from ..interface import Decision
 
 WIRED_FROM = (15, 0)
 """First macOS that lets a process wire its working set."""
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's `mallopt`."""
+LARGEST = 32 << 20
+"""Bytes: glibc takes no larger threshold."""
+KEPT = 1 << 30
 
 
 def on_metal() -> bool:
@@ -46,3 +55,16 @@ def set_limits(weights: int, cache: int, os_version: str) -> list[Decision]:
         reason = "weights and cache stay in memory"
         decisions.append(Decision("wired memory", f"{wired / 2**30:.2f} GiB", reason))
     return decisions
+
+
+def keep_freed() -> Decision:
+    """Have the C library keep what MLX frees, on a CPU, where MLX has no cache of buffers of its
+    own: memory that is mapped anew for each array is cleared anew, page by page, by the system."""
+    what, change = "freed memory", getattr(ctypes.CDLL(None), "mallopt", None)
+    if change is None:
+        return Decision(what, "as the C library has it", "it has no mallopt")
+    taken = change(M_MMAP_THRESHOLD, LARGEST) and change(M_TRIM_THRESHOLD, KEPT)
+    if not taken:
+        return Decision(what, "as the C library has it", "mallopt refused to change it")
+    because = f"arrays of up to {LARGEST >> 20} MiB are not mapped anew for every step"
+    return Decision(what, f"kept, up to {KEPT >> 20} MiB", because)

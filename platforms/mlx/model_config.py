@@ -13,18 +13,46 @@ from typing import Any
 from ...common.checkpoint.gguf_config import FREQUENCY_FACTORS
 
 PLAIN = ("default", None)
+SLIDING, FULL = "sliding_attention", "full_attention"
+HYBRID_WORDS = {"linear_attention": "mamba", FULL: "attention"}
+"""Kinds of layers beside state space: in transformers 5, and as mlx-lm's file reads them."""
 
 
 def for_mlx_lm(config: Mapping[str, Any]) -> dict[str, Any]:
     """What to add to (or replace in) a configuration, the text part included."""
     added = _flat(config)
     text = config.get("text_config")
-    if isinstance(text, Mapping) and (inner := _flat(text)):
-        added["text_config"] = {**text, **inner}
+    if isinstance(text, Mapping):
+        if inner := _flat(text):
+            added["text_config"] = {**text, **inner}
+        if "vocab_size" in text and "vocab_size" not in config:
+            added["vocab_size"] = text["vocab_size"]  # a wrapper's own default would win
     return added
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_angles(config), **_layers(config)}
+
+
+def _layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of transformers 5 for how layers differ and how many experts there are."""
+    result: dict[str, Any] = {}
+    experts = config.get("num_local_experts")
+    if "moe_intermediate_size" in config and "num_experts" not in config and experts is not None:
+        result["num_experts"] = experts
+    types = config.get("layer_types")
+    if not isinstance(types, list):
+        return result
+    if "mamba_d_state" in config and "linear_attention" in types:
+        result["layer_types"] = [HYBRID_WORDS.get(kind, kind) for kind in types]
+    if {SLIDING, FULL} == set(types) and "_sliding_window_pattern" in config:
+        every = types.index(FULL) + 1
+        if types == [FULL if (i + 1) % every == 0 else SLIDING for i in range(len(types))]:
+            result["sliding_window_pattern"] = every
+    return result
+
+
+def _angles(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return {}

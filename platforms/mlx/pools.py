@@ -116,9 +116,13 @@ class LayerStates:
         self.arrays[index][plan.slots] = value.astype(self.arrays[index].dtype)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """What is copied is computed first: a lazy copy still holds the pool when its target is
+        written, and the whole pool would be copied."""
         source, target = (mx.array(list(slots), mx.uint32) for slots in (sources, targets))
-        for pool in self.arrays:
-            pool[target] = mx.take(pool, source, axis=0)
+        moved = [mx.take(pool, source, axis=0) for pool in self.arrays]
+        mx.eval(moved)
+        for pool, rows in zip(self.arrays, moved, strict=True):
+            pool[target] = rows
 
 
 class MLXPages:

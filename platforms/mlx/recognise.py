@@ -25,6 +25,11 @@ class Recognised:
     decisions: tuple[Decision, ...]
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """Of each layer in tokens, 0 where it sees everything."""
+        return tuple(layer.need.window for layer in self.layers)
+
+    @property
     def kv_dtype(self) -> str:
         """Of keys and values; "float32" for a model that has none."""
         kept = [f.dtypes[0] for f in self.layers if f.need.kind is not KVKind.RECURRENT]

@@ -9,8 +9,12 @@ own end, and exp(x) is 2^(x / ln 2). `forms.py` measures which of the two is fas
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import mlx.core as mx
+import numpy as np
+
+from .powers import power_of_two
 
 LOG2_E = math.log2(math.e)
 BLOCK = 64
@@ -72,10 +76,10 @@ def _block(
     best = mx.maximum(logits.max(axis=-1, keepdims=True), LOWEST)
     if limits is not None:
         best = mx.maximum(best, limits)
-    weights = mx.power(2.0, logits - best)
+    weights = power_of_two(logits - best)
     total = weights.sum(axis=-1, keepdims=True)
     if limits is not None:
-        total = total + mx.power(2.0, limits - best)
+        total = total + power_of_two(limits - best)
     weights = weights.astype(values.dtype).reshape(rows, groups, heads * count, length)
     made = (weights @ values).reshape(rows, groups, heads, count, values.shape[-1])
     # Where nothing is seen the sum is 0; elsewhere it is at least 1.
@@ -84,8 +88,15 @@ def _block(
 
 def _causal(count: int, length: int) -> mx.array:
     """(count, length), what is added to the logits of the last `count` positions."""
-    query = mx.arange(length - count, length)[:, None]
-    return mx.where(mx.arange(length)[None] <= query, 0.0, -mx.inf)
+    before = mx.zeros((count, length - count), mx.float32)
+    return mx.concatenate([before, _triangle(count)], axis=1)
+
+
+@cache
+def _triangle(count: int) -> mx.array:
+    made = mx.array(np.triu(np.full((count, count), -np.inf, np.float32), 1))
+    mx.eval(made)  # a lazy array belongs to the thread that made it
+    return made
 
 
 def _shifts(mask: mx.array, groups: int) -> mx.array:
@@ -103,4 +114,4 @@ def _shifts(mask: mx.array, groups: int) -> mx.array:
 
 def silu_mul(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up by a power of two, of whatever shape."""
-    return gate / (1.0 + mx.power(2.0, gate * -LOG2_E)) * up
+    return gate / (1.0 + power_of_two(gate * -LOG2_E)) * up

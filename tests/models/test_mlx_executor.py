@@ -21,6 +21,7 @@ from support.tiny_mlx import VOCAB, own_greedy, own_sampled, write
 from sixfold.common.errors import CheckpointError, ConfigError, KernelError, OutOfMemory
 from sixfold.common.messages import AddRequest
 from sixfold.common.sampling import SamplingParams
+from sixfold.platforms.interface_kv import KVKind
 from sixfold.platforms.mlx.memory import working_set
 
 
@@ -88,6 +89,29 @@ def test_memory_does_not_grow_with_steps_and_pools_are_written_in_place(llama: P
         assert info.cache_bytes > 100_000_000
         # One layer's keys are a quarter of the cache: a copy of them alone would show.
         assert mx.get_peak_memory() < settled + info.cache_bytes // 8, "a pool was copied"
+
+
+def test_snapshots_of_states_hold_no_old_arrays(tmp_path: Path) -> None:
+    """Copies between slots are arrays of their own: a lazy one would keep the pool of its step."""
+    wide = {f"linear_{kind}_head_dim": 64 for kind in ("key", "value")}
+    wide |= {"linear_num_value_heads": 16, "linear_num_key_heads": 4}
+    path = write(tmp_path / "hybrid", "qwen3_5", **wide)
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    base = prompt(24)
+    with running(path, page_size=8, max_rows=32) as (engine, info):
+        complete(engine, [base], params)
+        mx.clear_cache()
+        settled = mx.get_active_memory()
+        mx.reset_peak_memory()
+        for turn in range(12):
+            complete(engine, [base[: 8 * (1 + turn % 3)] + prompt(9, 50 + turn)], params)
+        assert engine.stats().cached_tokens > 100, "no state was restored"
+        mx.clear_cache()
+        assert mx.get_active_memory() < settled + 1_000_000, "old states stay alive"
+        (states,) = [g for g in info.groups if g.kind is KVKind.RECURRENT]
+        pool = states.bytes_per_page * states.pages // 3  # of one of its layers
+        assert pool > 20_000_000
+        assert mx.get_peak_memory() < settled + pool, "a pool of states was copied"
 
 
 def test_weights_that_do_not_fit_are_refused_with_numbers(

@@ -12,8 +12,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model, quantize_model
 from support.run_mlx import GREEDY, complete, running
-from support.tiny_mlx import CONFIGS, VOCAB, build, own_greedy
+from support.tiny_mlx import CONFIGS, VOCAB, build, greedy_of, own_greedy, write
 
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
 from sixfold.common.checkpoint.gguf_weights import GGUFWeights
@@ -33,16 +34,27 @@ def write_quantised(folder: Path, name: str, form: dict[str, Any]) -> Path:
     """A directory in the form of mlx-community's: packed weights, and how in config.json."""
     folder.mkdir()
     model = build(name, **WIDE)
-    nn.quantize(model, **form)
+
+    def fits(path: str, module: nn.Module) -> bool:
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+    nn.quantize(model, **form, class_predicate=fits)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
     config = {"model_type": name, **CONFIGS[name], **WIDE, "quantization": form}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
-def test_a_quantised_directory_is_served_as_it_is(tmp_path: Path, name: str, form: str) -> None:
+MOST = {("mxfp4", "gpt_oss"), ("8bit", "qwen3_5_moe"), ("4bit", "deepseek_v3"), ("4bit", "llama")}
+CASES = [
+    pytest.param(form, name, marks=[] if (form, name) in MOST else [pytest.mark.wide])
+    for form in FORMS
+    for name in CONFIGS
+]
+
+
+@pytest.mark.parametrize(("form", "name"), CASES)
+def test_a_quantised_directory_is_served_as_it_is(tmp_path: Path, form: str, name: str) -> None:
     path = write_quantised(tmp_path / "q", name, FORMS[form])
     rng = np.random.default_rng(2)
     asked = [rng.integers(0, VOCAB, length).tolist() for length in (3, 11, 20)]
@@ -56,6 +68,60 @@ def test_a_quantised_directory_is_served_as_it_is(tmp_path: Path, name: str, for
         assert len(complete(engine, asked)[0]) == 12
     with pytest.raises(ConfigError, match="already"), running(path, quantize="int8"):
         pass
+
+
+def own_quantised(path: Path, asked: list[list[int]], bits: int) -> list[list[int]]:
+    """mlx-lm's tokens of what its own conversion makes of the model."""
+    model, config = load_model(path)
+    quantize_model(model, config, 64, bits)
+    return greedy_of(model, asked, GREEDY.max_tokens or 0)
+
+
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.wide)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[] if name in ("gpt_oss", "qwen3_5", "phi3") else [pytest.mark.wide]
+        )
+        for name in CONFIGS
+    ],
+)
+def test_quantised_on_load_is_what_mlx_lm_converts_to(tmp_path: Path, name: str, bits: int) -> None:
+    path = write(tmp_path / name, name, **WIDE)
+    rng = np.random.default_rng(2)
+    asked = [rng.integers(0, VOCAB, length).tolist() for length in (3, 11, 20)]
+    with running(path, quantize=f"int{bits}") as (engine, info):
+        assert complete(engine, asked) == own_quantised(path, asked, bits)
+        said = {d.what: d.chosen for d in info.decisions}
+    assert said["weights"] == f"{bits} bits, groups of 64"
+
+
+def test_one_part_in_another_form(tmp_path: Path) -> None:
+    """As mlx-community has GPT-OSS: experts in MXFP4, all else affine, the head left as it is."""
+    path = tmp_path / "mixed"
+    path.mkdir()
+    model = build("gpt_oss", **WIDE)
+    affine, experts = FORMS["8bit"], FORMS["mxfp4"]
+
+    def form(name: str, module: nn.Module) -> bool | dict[str, Any]:
+        if "lm_head" in name or not hasattr(module, "to_quantized"):
+            return False
+        return experts if "experts" in name else affine
+
+    nn.quantize(model, **affine, class_predicate=form)
+    mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    named = {
+        name: experts for name, m in model.named_modules() if getattr(m, "mode", "") == "mxfp4"
+    }
+    assert named
+    config = {"model_type": "gpt_oss", **CONFIGS["gpt_oss"], **WIDE}
+    config["quantization"] = {**affine, **named, "lm_head": False}
+    (path / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(2)
+    asked = [rng.integers(0, VOCAB, length).tolist() for length in (3, 11, 20)]
+    with running(path) as (engine, _):
+        assert complete(engine, asked) == own_greedy(path, asked, GREEDY.max_tokens or 0)
 
 
 def test_gguf_blocks_are_kept_exactly() -> None:

@@ -103,9 +103,24 @@ def run(engine: Engine, arrivals: list[Arrival], audit: bool = True) -> list[Hea
     return list(heard.values())
 
 
-def compare(arrivals: Iterable[Arrival], heard: Iterable[Heard], info: ExecutorInfo) -> None:
+Oracle = Callable[[Arrival, ExecutorInfo], Alone]
+"""What a request gives alone."""
+
+
+def hashed(arrival: Arrival, info: ExecutorInfo) -> Alone:
+    return alone(arrival.prompt, arrival.params, info, EOS, draw, arrival.see)
+
+
+def compare(
+    arrivals: Iterable[Arrival],
+    heard: Iterable[Heard],
+    info: ExecutorInfo,
+    oracle: Oracle = hashed,
+    apart: float = 1e-8,
+) -> None:
+    """`apart`: how far log-probabilities may be from the oracle's."""
     for arrival, said in zip(arrivals, heard, strict=True):
-        want = alone(arrival.prompt, arrival.params, info, EOS, draw, arrival.see)
+        want = oracle(arrival, info)
         if said.finish_reason == "abort" and arrival.abort_at is not None:
             if said.tokens != want.tokens[: len(said.tokens)]:
                 raise Wrong(f"{said.tokens} is no beginning of {want.tokens}")
@@ -113,18 +128,20 @@ def compare(arrivals: Iterable[Arrival], heard: Iterable[Heard], info: ExecutorI
         found = (said.tokens, said.finish_reason, said.stop_token)
         if found != (want.tokens, want.finish_reason, want.stop_token):
             raise Wrong(f"{arrival}: got {found}, alone it gives {want}")
-        _compare_logprobs(arrival, said, want)
+        _compare_logprobs(arrival, said, want, apart)
 
 
-def _compare_logprobs(arrival: Arrival, said: Heard, want: Alone) -> None:
-    if arrival.params.logprobs is not None and not np.allclose(said.logprobs, want.logprobs):
+def _compare_logprobs(arrival: Arrival, said: Heard, want: Alone, apart: float) -> None:
+    if arrival.params.logprobs is not None and not np.allclose(
+        said.logprobs, want.logprobs, atol=apart
+    ):
         raise Wrong(f"{arrival}: log-probabilities {said.logprobs}, not {want.logprobs}")
     if arrival.params.prompt_logprobs is not None:
         if said.prompt_logprobs is None or said.prompt_logprobs[0] is not None:
             raise Wrong(f"{arrival}: prompt log-probabilities {said.prompt_logprobs}")
         rest = said.prompt_logprobs[1:]
         if [e.token_id for e in rest] != arrival.prompt[1:] or not np.allclose(
-            [e.logprob for e in rest], want.prompt_logprobs
+            [e.logprob for e in rest], want.prompt_logprobs, atol=apart
         ):
             raise Wrong(f"{arrival}: prompt log-probabilities {rest}")
 

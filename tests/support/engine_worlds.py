@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from support.engine_traffic import EOS, Arrival, draw
+from support.engine_traffic import EOS, Arrival, Oracle, draw, hashed
 from support.mock_executor import group, mock_info, state
 from support.mock_model import alone
 
@@ -47,7 +47,13 @@ def prompt(base: int, shared: int, own: list[int]) -> list[int]:
     return (TOKENS[base][:shared] + own) or [1]
 
 
-def crowd(rng: np.random.Generator, info: ExecutorInfo, count: int, span: int) -> list[Arrival]:
+def crowd(
+    rng: np.random.Generator,
+    info: ExecutorInfo,
+    count: int,
+    span: int,
+    oracle: Oracle = hashed,
+) -> list[Arrival]:
     """Many requests over few prefixes, some of them the next turn of a talk: an earlier prompt, the
     answer it gets, and a little more."""
     context, result = info.max_context, list[Arrival]()
@@ -57,7 +63,7 @@ def crowd(rng: np.random.Generator, info: ExecutorInfo, count: int, span: int) -
         at = int(rng.integers(span))
         if result and rng.random() < 0.4:
             before = result[int(rng.integers(len(result)))]
-            answer = alone(before.prompt, before.params, info, EOS, draw).tokens
+            answer = oracle(before, info).tokens
             text = (before.prompt + answer + own)[: context - 4]
             at = before.at + int(rng.integers(150))
         params = SamplingParams(

@@ -3,7 +3,7 @@ pages, batches or steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,42 +159,71 @@ def alone(
     what the first layer sees of them, where it is not `embed`."""
     see = see or (lambda tokens: embed(tokens, np.arange(len(tokens))))
     groups, vocab = info.groups, info.vocab_size
+    hidden = np.zeros(0, U64)
+
+    def read(tokens: list[int]) -> Any:
+        nonlocal hidden
+        new, hidden = len(tokens) - len(hidden), _hidden(see(tokens), len(hidden), hidden, groups)
+        return logits_of(_last_layer(hidden, groups, new), vocab)
+
+    return follow(read, prompt, params, info, eos, draw)
+
+
+Choice = Callable[[RowSampling, Any], int]
+"""The token that a row's parameters choose from its logits (vocabulary,)."""
+
+
+def follow(
+    read: Callable[[list[int]], Any],
+    prompt: list[int],
+    params: SamplingParams,
+    info: ExecutorInfo,
+    eos: Iterable[int] = (),
+    draw: Any = None,
+    choose: Choice = RowSampling.choose,
+) -> Alone:
+    """One request to its end. read(tokens) gives the logits (n, vocabulary) behind the last n of
+    `tokens`, those that it had not been given before."""
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
-    full = [g.pages - 1 for g in groups if g.kind is KVKind.FULL]
+    full = [g.pages - 1 for g in info.groups if g.kind is KVKind.FULL]
     capacity = min(full, default=10**9) * info.page_size
     limit = len(prompt) + params.max_tokens if params.max_tokens else info.max_context
     limit = min(limit, capacity + 1)
     tokens, scores = list(prompt), []
-    hidden = _hidden(see(tokens), 0, [], groups)
-    prompt_scores = log_softmax(logits_of(_last_layer(hidden, groups, all_of_them=True), vocab))
-    known = [float(prompt_scores[i, t]) for i, t in enumerate(prompt[1:])]
+    logits = read(tokens)
+    known = [float(log_softmax(logits)[i, t]) for i, t in enumerate(prompt[1:])]
     while True:
-        logits = logits_of(_last_layer(hidden, groups), vocab)[0]
-        made = tokens[len(prompt) :]
-        bias = dict(params.logit_bias)
-        if len(made) < params.min_tokens:
-            bias.update(dict.fromkeys(stops, -np.inf))
-        choice = RowSampling(
-            np.float64(np.float32(params.temperature)),
-            params.top_k,
-            np.float64(np.float32(params.top_p)),
-            np.float64(np.float32(params.min_p)),
-            np.float64(np.float32(params.repetition_penalty)),
-            np.float64(np.float32(params.presence_penalty)),
-            np.float64(np.float32(params.frequency_penalty)),
-            np.array(list(bias), np.int64),
-            np.array(list(bias.values()), np.float32),
-            np.array(prompt, np.int64),
-            np.array(made, np.int64),
-            draw(params.seed, len(tokens)) if draw and params.temperature else 0.0,
-        ).choose(logits)
+        row = _row(params, stops, prompt, tokens[len(prompt) :], draw)
+        choice = choose(row, logits[-1])
         if choice in stops:
-            return Alone(made, "stop", choice, scores, known)
-        scores.append(float(log_softmax(logits[None])[0, choice]))
+            return Alone(tokens[len(prompt) :], "stop", choice, scores, known)
+        scores.append(float(log_softmax(logits[-1:])[0, choice]))
         tokens.append(choice)
         if len(tokens) >= limit:
             return Alone(tokens[len(prompt) :], "length", None, scores, known)
-        hidden = _hidden(see(tokens), len(tokens) - 1, hidden, groups)
+        logits = read(tokens)
+
+
+def _row(
+    params: SamplingParams, stops: set[int], prompt: list[int], made: list[int], draw: Any
+) -> RowSampling:
+    bias = dict(params.logit_bias)
+    if len(made) < params.min_tokens:
+        bias.update(dict.fromkeys(stops, -np.inf))
+    return RowSampling(
+        np.float64(np.float32(params.temperature)),
+        params.top_k,
+        np.float64(np.float32(params.top_p)),
+        np.float64(np.float32(params.min_p)),
+        np.float64(np.float32(params.repetition_penalty)),
+        np.float64(np.float32(params.presence_penalty)),
+        np.float64(np.float32(params.frequency_penalty)),
+        np.array(list(bias), np.int64),
+        np.array(list(bias.values()), np.float32),
+        np.array(prompt, np.int64),
+        np.array(made, np.int64),
+        draw(params.seed, len(prompt) + len(made)) if draw and params.temperature else 0.0,
+    )
 
 
 def _hidden(first: Any, start: int, before: Any, groups: Sequence[KVGroup]) -> Any:
@@ -202,8 +231,8 @@ def _hidden(first: Any, start: int, before: Any, groups: Sequence[KVGroup]) -> A
     return np.concatenate([np.asarray(before, U64), new])
 
 
-def _last_layer(hidden: Any, groups: Sequence[KVGroup], all_of_them: bool = False) -> Any:
-    queries = np.arange(len(hidden)) if all_of_them else np.array([len(hidden) - 1])
+def _last_layer(hidden: Any, groups: Sequence[KVGroup], new: int) -> Any:
+    queries = np.arange(len(hidden) - new, len(hidden))
     return attend(_context(hidden, groups), queries, groups)
 
 

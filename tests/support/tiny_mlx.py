@@ -150,18 +150,22 @@ HYBRID = ("qwen3_5", "qwen3_5_moe", "granitemoehybrid")
 
 
 def build(name: str, **changes: Any) -> Any:
-    """A random model; matrices large enough that the next token depends on the whole context."""
+    """A random model; matrices large enough, and embeddings small enough where they are the head
+    too, that the next token depends on the whole context and not on the last one alone."""
     config = {"model_type": name, **CONFIGS[name], **changes}
     model_class, arguments = _get_classes(config)
     model = model_class(arguments.from_dict(config))
     if name == "gemma3_text":
         model.sanitize({})  # ties the head
     rng = np.random.default_rng(3)
+    embedding = 0.2 / config.get("embedding_multiplier", 1.0) ** 2
 
     def random(path: str, old: mx.array) -> mx.array:
-        if path.endswith(("A_log", "dt_bias", "norm.weight", "D")) or old.ndim == 1:
+        if path.endswith("A_log"):  # a state that remembers
+            return mx.array(rng.uniform(-5.0, -1.0, old.shape).astype(np.float32))
+        if path.endswith(("dt_bias", "norm.weight", "D")) or old.ndim == 1:
             return mx.array(rng.uniform(0.2, 1.0, old.shape).astype(np.float32))
-        scale = 2.0 if "embed_tokens" in path else 1.5 / np.sqrt(old.shape[-1])
+        scale = embedding if "embed_tokens" in path else 1.5 / np.sqrt(old.shape[-1])
         return mx.array((rng.standard_normal(old.shape) * scale).astype(np.float32))
 
     model.update(tree_map_with_path(random, model.parameters()))
@@ -202,6 +206,10 @@ def own_sampled(
 def own_greedy(folder: Path, prompts: Sequence[Sequence[int]], steps: int) -> list[list[int]]:
     """mlx-lm's continuation of each prompt alone: the whole prompt, then token by token."""
     model, _ = load_model(folder)
+    return greedy_of(model, prompts, steps)
+
+
+def greedy_of(model: Any, prompts: Sequence[Sequence[int]], steps: int) -> list[list[int]]:
     result = []
     for prompt in prompts:
         cache = make_prompt_cache(model)

@@ -3,12 +3,16 @@ same to mlx-lm's model files, which read the older keys and have defaults for wh
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx_lm.utils import _get_classes
 from support.tiny_mlx import CONFIGS
 
 from sixfold.common.checkpoint.gguf_config import FREQUENCY_FACTORS
+from sixfold.platforms.mlx.declared import declared_windows
 from sixfold.platforms.mlx.model_config import for_mlx_lm
 
 BASE = {"model_type": "llama", "max_position_embeddings": 256}
@@ -66,3 +70,47 @@ def test_divisors_of_a_gguf_file_reach_the_angles() -> None:
         axis=-1,
     )
     np.testing.assert_allclose(np.array(rotate(mx.array(x), offset=3)), expected, atol=1e-5)
+
+
+SLIDES, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("config", "found", "windows"),
+    [
+        ({}, (0, 0), (0, 0)),
+        ({"sliding_window": None}, (0, 0), (0, 0)),
+        ({"sliding_window": 8}, (0, 0), (8, 8)),
+        ({"sliding_window": 8, "use_sliding_window": False}, (0, 0), (0, 0)),
+        (
+            {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+            (0, 0),
+            (0, 8),
+        ),
+        ({"sliding_window": 8, "max_window_layers": 1}, (0, 0), (8, 8)),
+        ({"sliding_window": 8, "layer_types": [SLIDES, FULL]}, (0, 0), (8, 0)),
+        ({"sliding_window": 8, "layer_types": [FULL]}, (8, 8), (0, 0)),
+        ({"sliding_window": 8, "sliding_window_pattern": 2}, (0, 0, 0), (8, 0, 8)),
+        ({"sliding_window": 8, "sliding_window_pattern": "LG"}, (8, 0), (8, 0)),
+        ({"sliding_window": 8}, (8, 0), (8, 0)),
+    ],
+)
+def test_windows_of_a_configuration(
+    config: dict[str, Any], found: tuple[int, ...], windows: tuple[int, ...]
+) -> None:
+    assert declared_windows(config, found) == windows
+
+
+def test_layers_under_the_names_that_mlx_lm_reads() -> None:
+    words = {"layer_types": ["linear_attention", FULL], "mamba_d_state": 8}
+    assert for_mlx_lm({**BASE, **words}) == {"layer_types": ["mamba", "attention"]}
+    del words["mamba_d_state"]
+    assert for_mlx_lm({**BASE, **words}) == {}
+    types = {"layer_types": [SLIDES, FULL, SLIDES, FULL], "_sliding_window_pattern": 6}
+    assert for_mlx_lm({**BASE, **types}) == {"sliding_window_pattern": 2}
+    types["layer_types"] = [SLIDES, FULL, FULL, SLIDES]
+    assert for_mlx_lm({**BASE, **types}) == {}
+    experts = {"moe_intermediate_size": 8, "num_local_experts": 4}
+    assert for_mlx_lm({**BASE, **experts}) == {"num_experts": 4}
+    assert for_mlx_lm({**BASE, **experts, "num_experts": 4}) == {}
+    assert for_mlx_lm({**BASE, "text_config": {"vocab_size": 9}}) == {"vocab_size": 9}
