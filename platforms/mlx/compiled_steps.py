@@ -18,6 +18,7 @@ from ..interface_kv import KVGroup, KVKind
 from ..interface_step import StepBatch
 from ..sampling_rows import no_sampling
 from .caches import CacheGroup, bind
+from .pools import LayerStates
 from .step_plan import Rows, StatePlan, plan_pages, plan_states, seen_by
 from .trunk import SplitModel
 
@@ -80,6 +81,9 @@ class CompiledSteps:
         """tokens (R, 1) -> hidden (R', 1, width) with R' >= R: padding is behind the rows."""
         size = bucket(len(tokens))
         plans = [self._inputs(group.group, rows, size) for group in self._groups]
+        for pool in self._pools:
+            if isinstance(pool, LayerStates):
+                pool.settle()
         before = [pool.arrays for pool in self._pools]
         padded = mx.pad(tokens, [(0, size - len(tokens)), (0, 0)])
         try:

@@ -130,7 +130,7 @@ class MLXExecutor:
         ops = self._kernels(registry, problems)
         log.extend((*paged.decisions, *ops.decisions, *decisions(paged, ops)))
         needs = group_needs([layer.need for layer in found.layers], KINDS)
-        budget = self._budget(weights)
+        budget = self._budget(weights, needs)
         plan = CachePlanner(spec, needs, kv_dtype, context, budget, log).plan()
         compiles = self._may_compile(found, plan, needs, kv_dtype, ops, log)
         groups, caches = self._reserve(found, plan, needs, kv_dtype, ops)
@@ -212,16 +212,19 @@ class MLXExecutor:
                 "a quantised checkpoint, --quantize int4, or a smaller model."
             )
 
-    def _budget(self, weights: int) -> tuple[int, str]:
+    def _budget(self, weights: int, needs: tuple[GroupNeed, ...]) -> tuple[int, str]:
         """Bytes for the cache, and why so many."""
         total, because = working_set()
+        states = sum(n.need.state_bytes * len(n.sites) for n in needs) * self._spec.max_rows
+        also = f" and the states of {self._spec.max_rows} rows in a step" if states else ""
+        room = total - weights - states
         fraction = self._spec.memory_fraction
         if fraction is not None:
-            reason = f"memory_fraction {fraction} of {because}, less the weights"
-            return int(total * fraction) - weights, reason
+            reason = f"memory_fraction {fraction} of {because}, less the weights{also}"
+            return int(total * fraction) - weights - states, reason
         if on_metal():
-            return (total - weights) // 2, f"half of what the weights leave of {because}"
-        return (total - weights) // CACHE_SHARE, f"a quarter of what the weights leave of {because}"
+            return room // 2, f"half of what the weights{also} leave of {because}"
+        return room // CACHE_SHARE, f"a quarter of what the weights{also} leave of {because}"
 
     def _kernels(self, registry: KernelRegistry, problems: list[Problem]) -> KernelTable:
         elsewhere = {*SHARED, PAGED, *OPS, "page_gather"} - {problem.op for problem in problems}

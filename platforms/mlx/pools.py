@@ -7,7 +7,7 @@ the next one's writes are started; otherwise every write would copy the pool.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -36,6 +36,10 @@ class LayerPages:
         self._pages, self._size = group.pages, group.page_size
         self._tokens = group.pages * group.page_size
         self.arrays = [mx.zeros((heads * self._tokens, dim), dtype) for dim in self.dims]
+
+    @property
+    def stored(self) -> list[mx.array]:
+        return self.arrays
 
     def write(self, plan: PagePlan, keys: mx.array, values: mx.array) -> None:
         """keys, values (R, H, S, dim) at the plan's slots."""
@@ -94,30 +98,58 @@ class LayerPages:
 
 
 class LayerStates:
-    """What one recurrent layer keeps for each slot: arrays (slots, *shape)."""
+    """What one recurrent layer keeps for each slot: arrays (slots, *shape), and beside them what
+    the rows of the last step left.
+
+    A step reads its rows' states and writes them. Were both of the pool, the read could still hold
+    it at the write, and MLX would copy it whole. So a step's states are kept as they are, the next
+    step of the same rows goes on from them, and when others come they are put into the pool
+    (`settle`) before anything is read.
+    """
 
     def __init__(self, group: KVGroup, states: Sequence[StateArray]) -> None:
         self.arrays = [
             mx.zeros((group.pages, *state.shape), getattr(mx, state.dtype)) for state in states
         ]
+        self._kept: dict[tuple[int, ...], dict[int, mx.array]] = {}
+
+    @property
+    def stored(self) -> list[mx.array]:
+        return [*self.arrays, *(rows for kept in self._kept.values() for rows in kept.values())]
+
+    def settle(self, staying: Collection[tuple[int, ...]] = ()) -> None:
+        """Put what is kept into the pool, but for rows that go on: `staying` are the slots of each
+        piece of the step to come."""
+        for slots in [slots for slots in self._kept if slots not in staying]:
+            where = mx.array(slots, mx.uint32)
+            for index, rows in self._kept.pop(slots).items():
+                self.arrays[index][where] = rows
 
     def read(self, plan: StatePlan, index: int) -> mx.array:
         """(R, *shape); zero for rows that begin."""
         pool = self.arrays[index]
         if plan.all_fresh:
             return mx.zeros((len(plan.slots), *pool.shape[1:]), pool.dtype)
-        found = mx.take(pool, plan.slots, axis=0)
+        found = self._kept.get(plan.key, {}).get(index)
+        if found is None:
+            found = mx.take(pool, plan.slots, axis=0)
         if plan.fresh is None:
             return found
         fresh = plan.fresh.reshape(-1, *[1] * (found.ndim - 1))
         return mx.where(fresh, mx.zeros_like(found), found)
 
     def write(self, plan: StatePlan, index: int, value: mx.array) -> None:
-        self.arrays[index][plan.slots] = value.astype(self.arrays[index].dtype)
+        rows = value.astype(self.arrays[index].dtype)
+        if plan.key:
+            self._kept.setdefault(plan.key, {})[index] = rows
+        else:
+            self.arrays[index][plan.slots] = rows
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """What is copied is computed first: a lazy copy still holds the pool when its target is
-        written, and the whole pool would be copied."""
+        """What is copied is computed first, after the step before has ended: both would hold the
+        pool when the target is written."""
+        self.settle()
+        mx.synchronize()
         source, target = (mx.array(list(slots), mx.uint32) for slots in (sources, targets))
         moved = [mx.take(pool, source, axis=0) for pool in self.arrays]
         mx.eval(moved)

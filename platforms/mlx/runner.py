@@ -1,7 +1,8 @@
 """One step on MLX: StepBatch -> lazy arrays -> one evaluation -> StepResult.
 
-`start` builds the step as a lazy graph while the device may still run the step before; then it lets
-that one end and starts its own. Ending it first is what allows MLX to write the pools in place.
+`start` builds a piece of the step as a lazy graph while the device may still run the piece before;
+then it lets that one end and starts its own. Ending it first is what allows MLX to write the pools
+in place.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..interface_step import LAST_TOKEN, PromptLogprobs, StepBatch, StepResult, 
 from ..sampling_rows import select_rows
 from .caches import Cache, CacheGroup, bind
 from .compiled_steps import CompiledSteps
+from .pools import LayerStates
 from .product_threads import ProductThreads
 from .step_plan import Rows, pieces, plan_pages, plan_states
 from .trunk import SplitModel
@@ -72,20 +74,29 @@ class MLXRunner:
 
     def start(self, batch: StepBatch) -> Started:
         began = time.perf_counter()
+        parts = pieces(batch)
+        self._settle(batch, parts)
         self._move(batch)
         hidden = []
-        for rows in pieces(batch):
+        for rows in parts:
             hidden.append((rows, self._hidden(rows)))
+            if rows is not parts[-1]:
+                self._begin(rows, [hidden[-1][1]])
         started = Started(batch, began, np.flatnonzero(batch.want & Want.SAMPLE))
         if len(started.rows):
             self._sample(started, hidden)
         for rows, states in hidden:
             self._score_prompts(started, rows, states)
-        mx.synchronize()  # the step before has ended and holds no buffer of a pool
-        if self._threads is not None:
-            self._threads.tell(len(batch.token_ids))
-        mx.async_eval(*started.arrays, self._last, *self._stored())
+        self._begin(parts[-1], [*started.arrays, self._last])
         return started
+
+    def _begin(self, rows: Rows, made: Sequence[mx.array]) -> None:
+        """Starts what was built. The piece before has ended then, of this step or the last, and
+        holds no buffer of a pool."""
+        mx.synchronize()
+        if self._threads is not None:
+            self._threads.tell(len(rows.tokens))
+        mx.async_eval(*made, *self._stored())
 
     def finish(self, started: Started) -> StepResult:
         """Waits for the step. `device_seconds` runs from its start to here."""
@@ -107,7 +118,15 @@ class MLXRunner:
         )
 
     def _stored(self) -> list[mx.array]:
-        return [array for group in self._groups for pool in group.pools for array in pool.arrays]
+        return [array for group in self._groups for pool in group.pools for array in pool.stored]
+
+    def _settle(self, batch: StepBatch, parts: Sequence[Rows]) -> None:
+        """Before anything is read: see `LayerStates`."""
+        for group in self._groups:
+            for pool in group.pools:
+                if isinstance(pool, LayerStates):
+                    slots = batch.state_slots[group.group.name].tolist()
+                    pool.settle({tuple(slots[rows.first : rows.last]) for rows in parts})
 
     def _move(self, batch: StepBatch) -> None:
         for move in batch.moves:

@@ -176,6 +176,7 @@ class StatePlan:
     all_fresh: bool
     lengths: mx.array | None
     mask: mx.array | None  # (R, S) bool: real tokens
+    key: tuple[int, ...] = ()  # the slots as numbers; empty while a step is traced
 
 
 def plan_states(rows: Rows, group: KVGroup) -> StatePlan:
@@ -191,4 +192,5 @@ def plan_states(rows: Rows, group: KVGroup) -> StatePlan:
         bool(fresh.all()),
         lengths,
         mask,
+        tuple(slots.tolist()),
     )

@@ -91,6 +91,23 @@ def test_memory_does_not_grow_with_steps_and_pools_are_written_in_place(llama: P
         assert mx.get_peak_memory() < settled + info.cache_bytes // 8, "a pool was copied"
 
 
+def test_steps_of_several_pieces_write_in_place(llama: Path) -> None:
+    """Long prompts run alone, beside rows that decode: each piece writes to pools that the one
+    before has read."""
+    fields = {"max_context": 250, "cache_tokens": 400_000, "max_rows": 4}
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    asked = [prompt(length, length) for length in (9, 140, 150, 12)]
+    with running(llama, page_size=16, **fields) as (engine, info):
+        expected = [complete(engine, [one], params)[0] for one in asked]
+        mx.clear_cache()
+        settled = mx.get_active_memory()
+        mx.reset_peak_memory()
+        asked_anew = [[t, *one] for t, one in enumerate(asked)]  # no prefix of these is cached
+        complete(engine, asked_anew, params)
+        assert mx.get_peak_memory() < settled + info.cache_bytes // 8, "a pool was copied"
+        assert complete(engine, asked, params) == expected
+
+
 def test_snapshots_of_states_hold_no_old_arrays(tmp_path: Path) -> None:
     """Copies between slots are arrays of their own: a lazy one would keep the pool of its step."""
     wide = {f"linear_{kind}_head_dim": 64 for kind in ("key", "value")}
@@ -111,7 +128,7 @@ def test_snapshots_of_states_hold_no_old_arrays(tmp_path: Path) -> None:
         (states,) = [g for g in info.groups if g.kind is KVKind.RECURRENT]
         pool = states.bytes_per_page * states.pages // 3  # of one of its layers
         assert pool > 20_000_000
-        assert mx.get_peak_memory() < settled + pool, "a pool of states was copied"
+        assert mx.get_peak_memory() < settled + pool // 2, "a pool of states was copied"
 
 
 def test_weights_that_do_not_fit_are_refused_with_numbers(
