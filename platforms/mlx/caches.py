@@ -14,13 +14,15 @@ from typing import Any
 import mlx.core as mx
 
 from ..interface_kv import KVGroup
+from .page_products import Blocks
 from .pools import LayerPages, LayerStates
 from .step_plan import PagePlan, StatePlan
 
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """What a decode step reads where it lies: the arguments of the op `paged_attention`."""
+    """What a decode step reads where it lies: the arguments of the op `paged_attention`, and those
+    of `page_products.py`."""
 
     keys: mx.array  # (heads * slots, dim), and values
     values: mx.array
@@ -29,6 +31,7 @@ class InPlace:
     heads: int
     page_size: int
     window: int
+    blocks: Blocks
 
 
 class PagedCache:
@@ -69,7 +72,8 @@ class PagedCache:
         held, stored = self._pages.arrays
         pages = plan.index("pages", 1, 0).reshape(plan.pages.shape)
         heads, size = self._pages.heads, plan.page_size
-        return InPlace(held, stored, pages, plan.lengths(), heads, size, window)
+        blocks = Blocks(pages, plan.hidden(window), plan.runs(), size)
+        return InPlace(held, stored, pages, plan.lengths(), heads, size, window, blocks)
 
     def make_mask(
         self, tokens: int, return_array: bool = False, window_size: int | None = None

@@ -39,6 +39,7 @@ from .matrices import arrange
 from .memory import keep_freed, on_metal, set_limits, working_set
 from .metal.register import decisions
 from .paged_decode import OP as PAGED
+from .paged_decode import PRODUCTS
 from .pools import LayerPages, LayerStates, MLXPages
 from .product_threads import ProductThreads, product_threads
 from .recognise import Recognised, recognise_model
@@ -228,7 +229,11 @@ class MLXExecutor:
 
     def _kernels(self, registry: KernelRegistry, problems: list[Problem]) -> KernelTable:
         elsewhere = {*SHARED, PAGED, *OPS, "page_gather"} - {problem.op for problem in problems}
-        named = {op: form for op, form in self._spec.kernels.items() if op not in elsewhere}
+        named = {
+            op: form
+            for op, form in self._spec.kernels.items()
+            if op not in elsewhere and (op, form) != (PAGED, PRODUCTS)
+        }
         return registry.resolve(problems, self._facts, named, self._spec.strict)
 
     def _kv_dtype(self, found: Recognised, log: DecisionLog) -> str:

@@ -21,7 +21,7 @@ from ...common.ops.gated_delta import EPS
 from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
-from . import softmax_attention
+from . import page_products, softmax_attention
 from .forms import PARTS
 from .page_kernels import paged_attention
 
@@ -156,6 +156,10 @@ def _requires(facts: DeviceFacts, problem: Problem) -> str | None:
     return None
 
 
+def _float32(facts: DeviceFacts, problem: Problem) -> str | None:
+    return None if problem.dtype == "float32" else page_products.ONLY_FLOAT32
+
+
 def register_primitives(registry: KernelRegistry) -> None:
     for fn in (rms_norm, layer_norm, silu_mul, gated_delta):
         registry.add(Kernel(fn.__name__, PROVIDER, _requires, fn))
@@ -163,4 +167,5 @@ def register_primitives(registry: KernelRegistry) -> None:
     registry.add(Kernel("silu_mul", PARTS, _requires, softmax_attention.silu_mul))
     in_parts = partial(paged_attention, attend=softmax_attention.attend)
     registry.add(Kernel("paged_attention", PARTS, _requires, in_parts))
+    registry.add(Kernel("paged_attention", "products", _float32, page_products.over_any_pages))
     registry.add(Kernel("linear", PROVIDER, _requires, linear, prepare=prepare))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..interface_kv import KVGroup
 from ..interface_step import StepBatch
+from .page_products import RUN, hiding
 
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
@@ -85,7 +86,7 @@ class PagePlan:
     base: I64  # (R,) the position of the first key read
     _rows: Rows
     _masks: dict[tuple[int, bool], Any] = field(default_factory=dict)
-    _indices: dict[Any, mx.array] = field(default_factory=dict)
+    _indices: dict[Any, Any] = field(default_factory=dict)
 
     def mask(self, window: int, as_array: bool) -> Any:
         key = (window, as_array)
@@ -118,6 +119,25 @@ class PagePlan:
             ends = self._rows.context + self._rows.counts - self.base
             self._indices["lengths"] = mx.array(ends.astype(np.int32))
         return self._indices["lengths"]
+
+    def hidden(self, window: int) -> mx.array:
+        """(R, P * page_size) float32 of rows that decode: 0, or -inf for what a row does not see;
+        made once for all layers."""
+        key = ("hidden", window)
+        if key not in self._indices:
+            keys = self.pages.shape[1] * self.page_size
+            self._indices[key] = hiding(self.lengths(), keys, window)
+        hidden: mx.array = self._indices[key]
+        return hidden
+
+    def runs(self) -> int:
+        """How often, from the first column on, RUN pages of every row are neighbours."""
+        if "runs" not in self._indices:
+            count, columns = self.pages.shape
+            whole = self.pages[:, : columns - columns % RUN].reshape(count, -1, RUN)
+            neighbours = (np.diff(whole, axis=2) == 1).all(axis=(0, 2))
+            self._indices["runs"] = int(np.logical_and.accumulate(neighbours).sum())
+        return int(self._indices["runs"])
 
     def index(self, name: str, heads: int, stride: int) -> mx.array:
         """`slots`, `begun` or `pages` for every head of a pool whose heads are `stride` apart:

@@ -14,11 +14,16 @@ from sixfold.platforms.interface_kv import KVGroup, KVKind, StateArray
 from sixfold.platforms.mlx import PLATFORM
 from sixfold.platforms.mlx.kernels import GENERIC
 from sixfold.platforms.mlx.metal.register import NEEDS_METAL
+from sixfold.platforms.mlx.page_products import ONLY_FLOAT32
 from sixfold.platforms.mlx.pools import LayerPages, LayerStates, MLXPages
 
 SUITE = PLATFORM.conformance(mlx_facts())
 NOT_KEPT = ("fp8_block", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0")
-REFUSED = {("metal", NEEDS_METAL), *(("mlx", f"has no {form} weights") for form in NOT_KEPT)}
+REFUSED = {
+    ("metal", NEEDS_METAL),
+    ("products", ONLY_FLOAT32),
+    *(("mlx", f"has no {form} weights") for form in NOT_KEPT),
+}
 
 
 def test_what_the_executor_calls_is_under_test() -> None:

@@ -15,6 +15,7 @@ from support.tiny_mlx import VOCAB, build, own_greedy, write
 from sixfold.common.ops.sample_cases import sampling_arrays
 from sixfold.platforms.interface_kv import KVGroup, KVKind
 from sixfold.platforms.interface_step import StepBatch
+from sixfold.platforms.mlx import page_products
 from sixfold.platforms.mlx.caches import PagedCache
 from sixfold.platforms.mlx.kernels import GENERIC
 from sixfold.platforms.mlx.page_kernels import paged_attention
@@ -76,6 +77,30 @@ def test_tokens_are_mlx_lms_when_decode_reads_pages(
     said = {d.what: d for d in info.decisions}
     assert said["decode attention"].chosen == "in pages"
     assert (calls > 10) == (name != "deepseek_v3")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_are_mlx_lms_when_decode_multiplies_pages(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+
+    def counted(*args: Any) -> mx.array:
+        runs.append(args[3].runs)
+        return attend(*args)
+
+    attend = page_products.attend
+    monkeypatch.setattr(page_products, "attend", counted)
+    path = write(tmp_path / name, name)
+    rng = np.random.default_rng(11)
+    asked = [rng.integers(0, VOCAB, length).tolist() for length in (40, 1, 9, 70)]
+    with running(path, kernels={"paged_attention": "products"}, page_size=4) as (engine, info):
+        for prompts in (asked, asked[::3]):
+            assert complete(engine, prompts) == own_greedy(path, prompts, GREEDY.max_tokens or 0)
+    said = {d.what: d for d in info.decisions}
+    assert said["decode attention"].chosen == "products"
+    assert bool(runs) == (name != "deepseek_v3")
+    assert not runs or {0} < set(runs)  # with and without larger blocks
 
 
 def test_a_cache_gives_its_pages_for_its_own_arrays_and_mask_alone() -> None:

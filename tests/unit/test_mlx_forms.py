@@ -146,27 +146,28 @@ def test_a_form_that_computes_something_else_stops_the_load(op: str, part: str) 
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, place: Any, *seconds: float) -> None:
-    monkeypatch.setattr(place, "fastest", lambda ways: list(seconds))
+    monkeypatch.setattr(place, "fastest", lambda ways: list(seconds[: len(ways)]))
 
 
 @pytest.mark.parametrize(("parts", "chosen"), [(0.5, "parts"), (0.9, "mlx-lm"), (2.0, "mlx-lm")])
 def test_the_faster_form_is_chosen_and_explained(
     monkeypatch: pytest.MonkeyPatch, parts: float, chosen: str
 ) -> None:
-    clock(monkeypatch, forms, 1.0, parts)
+    clock(monkeypatch, forms, 1.0, parts, 1.0)
     using, decisions = forms.choose(build("llama"), mx.float32, {}, PAGED)
     assert [(d.what, d.chosen) for d in decisions] == [
         ("kernel attention", chosen),
         ("kernel silu_mul", chosen),
         ("decode attention", "in pages" if chosen == "parts" else "over gathered pages"),
     ]
-    assert all(len(d.rejected) == 1 and "ms" in d.because for d in decisions)
+    assert [len(d.rejected) for d in decisions] == [1, 1, 2]
+    assert all("ms" in d.because for d in decisions)
     with using:
         assert (llama.swiglu is swiglu) == (chosen == "mlx-lm")
 
 
 def test_the_user_names_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock(monkeypatch, forms, 1.0, 0.1)
+    clock(monkeypatch, forms, 1.0, 0.1, 0.2)
     model = build("llama")
     _, decisions = forms.choose(
         model, mx.float32, {"attention": "mlx-lm", "sample": "generic"}, PAGED
@@ -175,6 +176,32 @@ def test_the_user_names_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decisions[0].because == "named by the user"
     with pytest.raises(KernelError, match="No form 'flash' of attention; there are: mlx-lm, parts"):
         forms.choose(model, mx.float32, {"attention": "flash"}, PAGED)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "products", "chosen"),
+    [
+        (1.0, 0.9, "products"),
+        (1.0, 0.95, "over gathered pages"),
+        (0.5, 0.6, "in pages"),
+        (0.9, 0.89, "products"),
+        (0.9, 0.95, "over gathered pages"),
+    ],
+)
+def test_decode_reads_pages_as_is_fastest(
+    monkeypatch: pytest.MonkeyPatch, kernel: float, products: float, chosen: str
+) -> None:
+    clock(monkeypatch, forms, 1.0, kernel, products)
+    _, decisions = forms.choose(build("llama"), mx.float32, {"silu_mul": "parts"}, PAGED)
+    decision = next(d for d in decisions if d.what == "decode attention")
+    assert decision.chosen == chosen
+    assert chosen not in [name for name, _ in decision.rejected]
+
+
+def test_products_of_pages_are_refused_in_sixteen_bits() -> None:
+    named = {"paged_attention": "products", "attention": "parts", "silu_mul": "parts"}
+    with pytest.raises(KernelError, match="paged_attention=products: .* float32 only"):
+        forms.choose(build("llama"), mx.float16, named, PAGED)
 
 
 def test_a_form_of_what_the_model_does_not_call_is_refused() -> None:
