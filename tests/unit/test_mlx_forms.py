@@ -200,7 +200,7 @@ def test_decode_reads_pages_as_is_fastest(
 
 def test_products_of_pages_are_refused_in_sixteen_bits() -> None:
     named = {"paged_attention": "products", "attention": "parts", "silu_mul": "parts"}
-    with pytest.raises(KernelError, match="paged_attention=products: .* float32 only"):
+    with pytest.raises(KernelError, match=r"paged_attention=products: .* float32 only"):
         forms.choose(build("llama"), mx.float16, named, PAGED)
 
 
