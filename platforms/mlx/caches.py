@@ -70,10 +70,10 @@ class PagedCache:
         if window is None:
             return None
         held, stored = self._pages.arrays
-        pages = plan.index("pages", 1, 0).reshape(plan.pages.shape)
-        heads, size = self._pages.heads, plan.page_size
-        blocks = Blocks(pages, plan.hidden(window), plan.runs(), size)
-        return InPlace(held, stored, pages, plan.lengths(), heads, size, window, blocks)
+        heads, blocks = self._pages.heads, plan.blocks(window)
+        return InPlace(
+            held, stored, blocks.pages, plan.lengths(), heads, plan.page_size, window, blocks
+        )
 
     def make_mask(
         self, tokens: int, return_array: bool = False, window_size: int | None = None

@@ -18,7 +18,7 @@ from ..interface_kv import KVGroup, KVKind
 from ..interface_step import StepBatch
 from ..sampling_rows import no_sampling
 from .caches import CacheGroup, bind
-from .page_products import hiding
+from .page_products import Blocks, hiding
 from .pools import LayerStates
 from .step_plan import Rows, StatePlan, plan_pages, plan_states, seen_by
 from .trunk import SplitModel
@@ -54,15 +54,12 @@ class TracedPages:
     def lengths(self) -> mx.array:
         return self.offset + 1 - self._base
 
-    def hidden(self, window: int) -> mx.array:
-        key = ("hidden", window)
+    def blocks(self, window: int) -> Blocks:
+        key = ("blocks", window)
         if key not in self._made:
-            keys = self.pages.shape[1] * self.page_size
-            self._made[key] = hiding(self.lengths(), keys, window)
+            hidden = hiding(self.lengths(), self.pages.shape[1] * self.page_size, window)
+            self._made[key] = Blocks(self.pages, hidden, 0, self.page_size)
         return self._made[key]
-
-    def runs(self) -> int:
-        return 0
 
     def index(self, name: str, heads: int, stride: int) -> mx.array:
         key = (name, heads, stride)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,15 +19,19 @@ from ...common.errors import KernelError
 from ..interface import Decision
 from ..interface_kernels import Kernel
 from . import paged_decode, softmax_attention
+from .rotary_table import RotaryTable
 from .substitution import SHARED, Substitution, called
 
 OWN = "mlx-lm"
-PARTS = "parts"
+PARTS, TABLE = "parts", "table"
 GAIN = 1.2
 """How many times faster the other form must be; less is within what a clock errs."""
 REPEATS = 5
 ENOUGH = 0.3
 """Seconds after which slow ways are not repeated further."""
+ROWS, LAYERS = 8, 16
+"""Of a step in which rows decode."""
+Way = Callable[..., Any]
 
 
 def attention_in_parts() -> Callable[..., mx.array]:
@@ -47,6 +52,9 @@ def attention_in_parts() -> Callable[..., mx.array]:
 
 
 def forms(op: str) -> dict[str, Callable[..., Any]]:
+    """mlx-lm's own and the other, by name."""
+    if op == "rope":
+        return {OWN: SHARED[op], TABLE: RotaryTable()}
     other = {"attention": attention_in_parts(), "silu_mul": softmax_attention.silu_mul}
     return {OWN: SHARED[op], PARTS: other[op]}
 
@@ -67,7 +75,7 @@ def choose(
     chosen, decisions = {}, []
     for op in used:
         ways = forms(op)
-        name, decision = _choose(op, ways, _toy(op, dtype), wanted.get(op))
+        name, decision = _choose(op, ways, _work(op, dtype), wanted.get(op))
         decisions.append(decision)
         if name != OWN:
             chosen[op] = ways[name]
@@ -81,18 +89,18 @@ def choose(
 
 
 def _choose(
-    op: str, ways: Mapping[str, Callable[..., Any]], arguments: Sequence[Any], wanted: str | None
+    op: str, ways: Mapping[str, Way], work: Callable[[Way], Any], wanted: str | None
 ) -> tuple[str, Decision]:
     what = f"kernel {op}"
     if wanted is not None:
         if wanted not in ways:
             raise KernelError(f"No form {wanted!r} of {op}; there are: {', '.join(ways)}.")
         return wanted, Decision(what, wanted, "named by the user")
-    own, parts = fastest([lambda: ways[OWN](*arguments), lambda: ways[PARTS](*arguments)])
-    name, other = (PARTS, OWN) if parts * GAIN < own else (OWN, PARTS)
-    times = {OWN: own, PARTS: parts}
+    times = dict(zip(ways, fastest([partial(work, way) for way in ways.values()]), strict=True))
+    new = next(name for name in ways if name != OWN)
+    name, other = (new, OWN) if times[new] * GAIN < times[OWN] else (OWN, new)
     because = f"{times[name] * 1e3:.2f} ms at this start, the other {times[other] * 1e3:.2f} ms"
-    reason = f"not {GAIN} times as fast" if other == PARTS else "slower"
+    reason = "slower" if other == OWN else f"not {GAIN} times as fast"
     return name, Decision(what, name, because, ((other, reason),))
 
 
@@ -112,13 +120,26 @@ def fastest(ways: Sequence[Callable[[], Any]]) -> list[float]:
     return best
 
 
-def _toy(op: str, dtype: mx.Dtype) -> list[Any]:
-    """Arguments of the size of a chunk of a small model's prompt."""
+def _work(op: str, dtype: mx.Dtype) -> Callable[[Way], Any]:
+    """What a way is timed with, of the size of a small model's step: a chunk of a prompt, and for
+    `rope` the layers of a step in which rows decode."""
     rng = np.random.default_rng(0)
+
+    def made(*shapes: tuple[int, ...]) -> list[mx.array]:
+        return [mx.array(rng.standard_normal(shape), mx.float32).astype(dtype) for shape in shapes]
+
+    if op == "rope":
+        (x,) = made((ROWS, 4, 1, 64))
+
+        def layers(rope: Way) -> list[mx.array]:
+            # New offsets each time: the angles of a step belong to its cost.
+            where = mx.arange(ROWS)
+            how = {"traditional": False, "base": 1e4, "scale": 1.0, "offset": where}
+            return [rope(x, 64, **how) for _ in range(LAYERS)]
+
+        return layers
     if op == "silu_mul":
-        made = [rng.standard_normal((128, 1024)) for _ in range(2)]
-        return [mx.array(x.astype(np.float32)).astype(dtype) for x in made]
-    shapes = ((1, 4, 256, 64), (1, 2, 256, 64), (1, 2, 256, 64))
-    made = [rng.standard_normal(shape) for shape in shapes]
-    arrays = [mx.array(x.astype(np.float32)).astype(dtype) for x in made]
-    return [*arrays, None, 0.125, "causal"]
+        halves = made((128, 1024), (128, 1024))
+        return lambda silu_mul: silu_mul(*halves)
+    arrays = made((1, 4, 256, 64), (1, 2, 256, 64), (1, 2, 256, 64))
+    return lambda attend: attend(*arrays, None, 0.125, "causal")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..interface_kv import KVGroup
 from ..interface_step import StepBatch
-from .page_products import RUN, hiding
+from .page_products import RUN, Blocks, hiding
 
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
@@ -120,24 +120,22 @@ class PagePlan:
             self._indices["lengths"] = mx.array(ends.astype(np.int32))
         return self._indices["lengths"]
 
-    def hidden(self, window: int) -> mx.array:
-        """(R, P * page_size) float32 of rows that decode: 0, or -inf for what a row does not see;
-        made once for all layers."""
-        key = ("hidden", window)
+    def blocks(self, window: int) -> Blocks:
+        """What rows that decode read; one for all layers."""
+        key = ("blocks", window)
         if key not in self._indices:
-            keys = self.pages.shape[1] * self.page_size
-            self._indices[key] = hiding(self.lengths(), keys, window)
-        hidden: mx.array = self._indices[key]
-        return hidden
+            pages = self.index("pages", 1, 0).reshape(self.pages.shape)
+            hidden = hiding(self.lengths(), self.pages.shape[1] * self.page_size, window)
+            self._indices[key] = Blocks(pages, hidden, self._runs(), self.page_size)
+        blocks: Blocks = self._indices[key]
+        return blocks
 
-    def runs(self) -> int:
+    def _runs(self) -> int:
         """How often, from the first column on, RUN pages of every row are neighbours."""
-        if "runs" not in self._indices:
-            count, columns = self.pages.shape
-            whole = self.pages[:, : columns - columns % RUN].reshape(count, -1, RUN)
-            neighbours = (np.diff(whole, axis=2) == 1).all(axis=(0, 2))
-            self._indices["runs"] = int(np.logical_and.accumulate(neighbours).sum())
-        return int(self._indices["runs"])
+        count, columns = self.pages.shape
+        whole = self.pages[:, : columns - columns % RUN].reshape(count, -1, RUN)
+        neighbours = (np.diff(whole, axis=2) == 1).all(axis=(0, 2))
+        return int(np.logical_and.accumulate(neighbours).sum())
 
     def index(self, name: str, heads: int, stride: int) -> mx.array:
         """`slots`, `begun` or `pages` for every head of a pool whose heads are `stride` apart:

@@ -1,8 +1,8 @@
-"""Functions of mlx-lm that its model files import by name, replaced while a model of ours runs.
+"""Functions that mlx-lm's model files call by name, replaced while a model of ours runs.
 
 No file of mlx-lm is changed: the names are bound anew for the time in which a step's graph is
 built, and bound back. So a model that nobody here has seen gets the form that is fast on this
-device wherever it calls a function that mlx-lm shares among its models.
+device wherever it calls a function that mlx-lm shares among its models, or MLX's own `rope`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import scaled_dot_product_attention
 
 SHARED: dict[str, Callable[..., Any]] = {
     "attention": scaled_dot_product_attention,
     "silu_mul": swiglu,
+    "rope": mx.fast.rope,
 }
 """What may be replaced, by op."""
 
@@ -60,4 +62,10 @@ def calls(file: ModuleType, op: str) -> bool:
 
 def _files(model: Any) -> list[ModuleType]:
     names = {type(module).__module__ for module in model.modules()}
-    return [sys.modules[name] for name in sorted(names) if name in sys.modules]
+    files = [sys.modules[name] for name in sorted(names) if name in sys.modules]
+    return [*files, mx.fast] if any(_rotates(module) for module in model.modules()) else files
+
+
+def _rotates(module: Any) -> bool:
+    """Whether it calls `mx.fast.rope`: the modules of mlx and mlx-lm that do carry one of these."""
+    return any(getattr(module, name, None) is not None for name in ("rope", "rotary_emb"))

@@ -129,13 +129,17 @@ def test_names_are_bound_inside_only_and_bound_back_after_an_error() -> None:
     assert llama.scaled_dot_product_attention is scaled_dot_product_attention
 
 
+ROPE = mx.fast.rope
 WRONG = {
     "attention": lambda q, k, v, cache, scale, mask, sinks=None: attend(q, k, v, 2 * scale, mask),
     "silu_mul": lambda gate, up: nn.silu(up) * gate,
+    "rope": lambda x, dims, **how: ROPE(x, dims, **{**how, "scale": 2 * how["scale"]}),
 }
 
 
-@pytest.mark.parametrize(("op", "part"), [("attention", "self_attn"), ("silu_mul", "mlp")])
+@pytest.mark.parametrize(
+    ("op", "part"), [("attention", "self_attn"), ("silu_mul", "mlp"), ("rope", "self_attn")]
+)
 def test_a_form_that_computes_something_else_stops_the_load(op: str, part: str) -> None:
     model = build("llama")
     with pytest.raises(CheckpointError, match=rf"layers\.0\.{part} .* differs from"):
@@ -157,10 +161,11 @@ def test_the_faster_form_is_chosen_and_explained(
     using, decisions = forms.choose(build("llama"), mx.float32, {}, PAGED)
     assert [(d.what, d.chosen) for d in decisions] == [
         ("kernel attention", chosen),
+        ("kernel rope", "table" if chosen == "parts" else chosen),
         ("kernel silu_mul", chosen),
         ("decode attention", "in pages" if chosen == "parts" else "over gathered pages"),
     ]
-    assert [len(d.rejected) for d in decisions] == [1, 1, 2]
+    assert [len(d.rejected) for d in decisions] == [1, 1, 1, 2]
     assert all("ms" in d.because for d in decisions)
     with using:
         assert (llama.swiglu is swiglu) == (chosen == "mlx-lm")
@@ -172,7 +177,7 @@ def test_the_user_names_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
     _, decisions = forms.choose(
         model, mx.float32, {"attention": "mlx-lm", "sample": "generic"}, PAGED
     )
-    assert [d.chosen for d in decisions] == ["mlx-lm", "parts", "in pages"]
+    assert [d.chosen for d in decisions] == ["mlx-lm", "table", "parts", "in pages"]
     assert decisions[0].because == "named by the user"
     with pytest.raises(KernelError, match="No form 'flash' of attention; there are: mlx-lm, parts"):
         forms.choose(model, mx.float32, {"attention": "flash"}, PAGED)
@@ -206,7 +211,7 @@ def test_products_of_pages_are_refused_in_sixteen_bits() -> None:
 
 def test_a_form_of_what_the_model_does_not_call_is_refused() -> None:
     model = build("gemma3_text")  # its MLP has another activation
-    assert called(model) == {"attention"}
+    assert called(model) == {"attention", "rope"}
     with pytest.raises(KernelError, match=r"--kernel silu_mul=parts: .* call: attention"):
         forms.choose(model, mx.float32, {"silu_mul": "parts"}, PAGED)
 
@@ -257,7 +262,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 def test_few_rows_and_many_have_their_own_number(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = iter([(1.0, 2.0), (1.0, 2.0), (1.0, 2.0), (2.0, 1.0)])
+    times = iter([(1.0, 2.0), (1.0, 0.9), (1.0, 2.0), (2.0, 1.0)])  # a tenth is too little
     monkeypatch.setattr(product_threads, "fastest", lambda ways: list(next(times)))
     threads, decision = product_threads.product_threads(None)
     assert "1 from 8 tokens, 1 from 32 tokens, 4 from 128 tokens" in decision.chosen
