@@ -48,8 +48,7 @@ class RotaryTable(threading.local):
                 a, dims, traditional=traditional, base=base, scale=scale, offset=offset,
                 freqs=freqs, stream=stream,
             )  # fmt: skip
-        key = a.shape[-2], a.ndim, dims, base, scale, id(freqs)
-        cos, sin = self._table(key, offset, freqs)
+        cos, sin = self._table(a.shape[-2], a.ndim, dims, base, scale, offset, freqs)
         half = dims // 2
         turned = mx.concatenate([a[..., half:dims], a[..., :half]], axis=-1)
         if a.shape[-1] == dims:
@@ -57,37 +56,42 @@ class RotaryTable(threading.local):
         return mx.concatenate([a[..., :dims] * cos + turned * sin, a[..., dims:]], axis=-1)
 
     def _table(
-        self, key: tuple[Any, ...], offset: int | mx.array, freqs: mx.array | None
+        self,
+        count: int,
+        axes: int,
+        dims: int,
+        base: float | None,
+        scale: float,
+        offset: int | mx.array,
+        freqs: mx.array | None,
     ) -> tuple[mx.array, mx.array]:
         numbers = isinstance(self._offset, int) and isinstance(offset, int)
         if not (self._offset == offset if numbers else self._offset is offset):
             self._offset = offset
             self._made.clear()
+        key = count, axes, dims, base, scale, id(freqs)
         if key not in self._made:
+            turns = _turns(dims, base) if freqs is None else 1.0 / freqs
             # `freqs` is kept: its id is part of the key.
-            self._made[key] = (*_sines(offset, *key[:-1], freqs), freqs)
+            self._made[key] = (*_sines(offset, count, axes, scale, turns), freqs)
         return self._made[key][:2]
 
 
+def _turns(dims: int, base: float | None) -> mx.array:
+    """(dims / 2,) radians of a pair from one position to the next."""
+    if base is None:
+        raise ValueError("rope needs a base or frequencies")
+    half = dims // 2
+    return mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (mx.log(mx.array(base)) / half))
+
+
 def _sines(
-    offset: int | mx.array,
-    count: int,
-    axes: int,
-    dims: int,
-    base: float | None,
-    scale: float,
-    freqs: mx.array | None,
+    offset: int | mx.array, count: int, axes: int, scale: float, turns: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Cosines and sines, (R, .., S, dims) or less; the sines of the first half are negative."""
     positions = mx.arange(count, dtype=mx.float32)
     if isinstance(offset, mx.array):
         offset = offset.reshape(-1, *[1] * (axes - 2)).astype(mx.float32)
-    positions = (positions + offset) * scale
-    if freqs is not None:
-        turns = 1.0 / freqs
-    else:
-        half = dims // 2
-        turns = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (mx.log(mx.array(base)) / half))
-    angles = positions[..., None] * turns
+    angles = ((positions + offset) * scale)[..., None] * turns
     cos, sin = mx.cos(angles), mx.sin(angles)
     return mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
