@@ -58,7 +58,8 @@ _AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs each nibble of a word belongs to, lowest nibble first."""
 
 PACKED = frozenset(
-    "gptq_int4 gptq_int8 awq_int4 int8_channel int8_group packed_int4 packed_int8".split()
+    "gptq_int4 gptq_int8 awq_int4 int8_channel int8_token int8_group packed_int4 packed_int8"
+    "".split()
 )
 """Names of the schemes."""
 
@@ -154,12 +155,15 @@ class Compressed:
     group_size: int
     symmetric: bool
     one_scale: bool = False
+    by_token: bool = False  # activations are to be rounded to eight bits, a scale per token
 
     @property
     def name(self) -> str:
         if self.packed:
             return f"packed_int{self.bits}"
-        return "int8_channel" if self.group_size == -1 else "int8_group"
+        if self.group_size != -1:
+            return "int8_group"
+        return "int8_token" if self.by_token and self.symmetric else "int8_channel"
 
     @property
     def marker(self) -> tuple[str, tuple[str, ...]]:

@@ -7,6 +7,7 @@ modules are quantised is read from the files' tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +142,18 @@ def _compressed(stated: _Stated) -> PackedScheme:
     sparsity = stated.values.get("sparsity_config") or {}
     if sparsity.get("format") not in (None, "dense"):
         raise stated.refusal("sparsity_config", "none")
-    groups = stated.part("config_groups")
-    schemes = {_of_group(groups.part(name), form) for name in groups.values}
+    listed = stated.part("config_groups")
+    groups = [listed.part(name) for name in listed.values]
+    schemes = {_of_group(group, form) for group in groups}
     if len(schemes) != 1:
         raise stated.refusal("config_groups", "groups that quantise weights alike")
-    return schemes.pop()
+    return replace(schemes.pop(), by_token=all(map(_rounds_tokens, groups)))
 
 
 def _of_group(group: _Stated, form: str) -> Compressed:
     group.one_of("format", (form,), form)
     group.absent("output_activations")
     if group.values.get("input_activations"):
-        # Rounded on the fly here too, in finer groups than the checkpoint asks for.
         inputs = group.part("input_activations")
         inputs.one_of("type", ("int",), "int")
         inputs.one_of("num_bits", (8,), 8)
@@ -165,6 +166,13 @@ def _of_group(group: _Stated, form: str) -> Compressed:
     size = weights.group_size() if strategy == "group" else -1
     symmetric = weights.one_of("symmetric", (True, False), True)
     return Compressed(bits, packed, size, symmetric, strategy == "tensor")
+
+
+def _rounds_tokens(group: _Stated) -> bool:
+    """Whether activations are to be rounded with one scale a token and no zero point. Those that
+    are to be rounded in another way are not: more exact, and the model before it was quantised."""
+    inputs = group.values.get("input_activations") or {}
+    return inputs.get("strategy") == "token" and inputs.get("symmetric", True) is True
 
 
 _STRATEGIES = ("group", "channel", "tensor")

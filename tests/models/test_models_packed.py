@@ -43,7 +43,7 @@ FORMS: dict[str, Form] = {
 SCHEME = {
     "gptq-int8": "gptq_int8",
     "awq": "awq_int4",
-    "bytes": "int8_channel",
+    "bytes": "int8_token",
     "packed-int4": "packed_int4",
 }
 TOLERANCE = 0.06

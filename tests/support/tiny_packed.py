@@ -130,8 +130,11 @@ def awq(group_size: int = 32, **options: Any) -> Form:
     return Form(config, write, 4, group_size, **options)
 
 
-def compressed(packed: bool, bits: int, group_size: int, **options: Any) -> Form:
-    """Signed numbers: q and zero less half of 2 ** bits."""
+def compressed(
+    packed: bool, bits: int, group_size: int, by_token: bool = True, **options: Any
+) -> Form:
+    """Signed numbers: q and zero less half of 2 ** bits. `by_token`: bytes ask for activations of
+    eight bits too."""
     symmetric = options.setdefault("symmetric", True)
 
     def write(n: Numbers) -> Tensors:
@@ -158,14 +161,13 @@ def compressed(packed: bool, bits: int, group_size: int, **options: Any) -> Form
         "strategy": "channel" if group_size == -1 else "group",
         "group_size": None if group_size == -1 else group_size,
     }
-    inputs = (
-        None if packed else {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
-    )
+    inputs = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
+    asked = inputs if by_token and not packed else None
     config = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized" if packed else "int-quantized",
         "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": asked}
         },
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,

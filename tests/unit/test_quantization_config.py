@@ -15,6 +15,7 @@ from sixfold.common.errors import CheckpointError
 GPTQ4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 AWQ4 = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 BYTES = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+TOKENS = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
 NIBBLES = {**BYTES, "num_bits": 4, "strategy": "group", "group_size": 128}
 
 
@@ -22,6 +23,23 @@ def compressed(form: str, weights: dict[str, Any], inputs: Any = None, **fields:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     known = {"quant_method": "compressed-tensors", "format": form}
     return {**known, "config_groups": {"group_0": group}, "ignore": ["lm_head"], **fields}
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        (BYTES, "int8_token"),
+        ({**BYTES, "strategy": "tensor"}, "int8_token"),
+        ({**BYTES, "symmetric": False}, "int8_channel"),
+        ({**BYTES, "strategy": "group", "group_size": 64}, "int8_group"),
+    ],
+)
+def test_activations_are_rounded_where_one_scale_an_output_allows(
+    weights: dict[str, Any], name: str
+) -> None:
+    scheme = read(compressed("int-quantized", weights, TOKENS))
+    assert scheme is not None
+    assert scheme.name == name
 
 
 def read(config: Any) -> PackedScheme | None:
@@ -45,6 +63,26 @@ def read(config: Any) -> PackedScheme | None:
         (compressed("int-quantized", BYTES), Compressed(8, False, -1, True)),
         (
             compressed("int-quantized", BYTES, {"num_bits": 8, "type": "int", "dynamic": True}),
+            Compressed(8, False, -1, True),
+        ),
+        (compressed("int-quantized", BYTES, TOKENS), Compressed(8, False, -1, True, False, True)),
+        (
+            compressed("int-quantized", BYTES, {**TOKENS, "symmetric": False}),
+            Compressed(8, False, -1, True),
+        ),
+        (
+            compressed("int-quantized", BYTES, {**TOKENS, "strategy": "tensor"}),
+            Compressed(8, False, -1, True),
+        ),
+        (
+            compressed(
+                "int-quantized",
+                BYTES,
+                config_groups={
+                    "a": {"weights": BYTES, "input_activations": TOKENS},
+                    "b": {"weights": BYTES},
+                },
+            ),
             Compressed(8, False, -1, True),
         ),
         (
