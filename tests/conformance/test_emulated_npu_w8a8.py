@@ -14,7 +14,7 @@ import torch
 from support.emulated_npu import module
 from support.emulated_npu.platform import PLATFORM, EmulatedDevice, facts
 from support.tiny_models import TINY
-from support.tiny_packed import compressed, write_packed_model
+from support.tiny_packed import compressed, described, write_packed_model
 from support.token_rounding import Product, TokenRounded
 
 from sixfold.platforms.interface import EngineSpec
@@ -46,9 +46,9 @@ def library(oracles: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     return emulator
 
 
-@pytest.fixture
-def asking() -> Any:
-    return compressed(False, 8, -1)
+@pytest.fixture(params=[compressed(False, 8, -1), described()], ids=["compressed", "described"])
+def asking(request: pytest.FixtureRequest) -> Any:
+    return request.param
 
 
 @pytest.fixture

@@ -176,6 +176,33 @@ def compressed(
     return Form(config, write, bits, group_size, **options)
 
 
+def described() -> Form:
+    """msModelSlim's W8A8_DYNAMIC: bytes, a scale and an offset of zero per output."""
+
+    def write(n: Numbers) -> Tensors:
+        return {
+            "weight": torch.from_numpy((n.q - 128).astype(np.int8)),
+            "weight_scale": n.scale.float(),
+            "weight_offset": torch.zeros_like(n.scale).float(),
+        }
+
+    return Form({"model_quant_type": "W8A8_DYNAMIC"}, write, 8, -1, symmetric=True)
+
+
+def describe(path: Path) -> None:
+    """Moves the configuration of a directory that `write_packed_model` wrote into a description of
+    every tensor."""
+    config = json.loads((path / "config.json").read_text())
+    listed = config.pop("quantization_config")
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(path / "model.safetensors")
+    for name in tensors:
+        module = name.rpartition(".")[0]
+        listed[name] = "W8A8_DYNAMIC" if f"{module}.weight_scale" in tensors else "FLOAT"
+    (path / "model.safetensors").rename(path / "quant_model_weights.safetensors")
+    (path / "quant_model_description.json").write_text(json.dumps(listed))
+
+
 def write_packed_model(path: Path, tiny: Tiny, form: Form, seed: int = 0) -> Any:
     """A directory of `tiny` in float16 with its layers' matrices in `form`; returns transformers'
     model, in float32, of the values that the directory stands for."""
