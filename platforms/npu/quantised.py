@@ -3,7 +3,7 @@ widens them on the way to the product (pages of op-plugin; not yet run on a devi
 
 The op keeps scales in the dtype of the activations. A scale per output goes there as its power of
 two, and the rest of it is multiplied into the result, so that no dtype rounds it; scales of groups
-have no such way out, and serve where float16 has them.
+have no such way out, and serve where float16 has them; those made on load are made in the dtype.
 
 It has no more than 65535 outputs: a matrix of more, a head's, is cut into equal parts, a call each.
 """
@@ -109,14 +109,15 @@ def embedding(ids: Tensor, table: Tensor | IntMatrix, scale: float = 1.0) -> Ten
 def prepare(weight: Any, problem: Problem, device: TorchDevice) -> Tensor | IntMatrix:
     """A checkpoint's rows as the op reads them, or a tensor rounded; one without a scheme as it is.
     Raises KernelError."""
+    dtype = getattr(torch, problem.dtype)
     if isinstance(weight, Tensor):
         if problem.weights not in ROUNDED:
             return weight
-        q, steps = (part.cpu().numpy() for part in round_int8(weight))
+        # Scales that the op can keep, so that numbers are right for them.
+        q, steps = (part.float().cpu().numpy() for part in round_int8(weight, dtype))
         weight = QuantisedRows(8, q.astype(np.int8), steps, None, weight.shape[1])
     if not isinstance(weight, QuantisedRows):
         raise KernelError(f"{PACKAGE!r} has no form for {type(weight).__name__}.")
-    dtype = getattr(torch, problem.dtype)
     numbers = torch.from_numpy(weight.q).to(torch.int32)
     scale = scales_by_group(weight, PACKAGE)
     offset = _offset(weight, scale)
@@ -190,7 +191,7 @@ def _requires(facts: DeviceFacts, problem: Problem) -> str | None:
         return f"has no {problem.weights} weights"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"takes float16 and bfloat16, not {problem.dtype}"
-    if problem.weights in GROUPED and problem.dtype != "float16":
+    if problem.weights in GROUPED - ROUNDED and problem.dtype != "float16":
         return f"would round scales of groups to {problem.dtype}; --dtype float16 keeps them"
     if problem.dims.get("k", 1) > WIDEST:
         return f"k is up to {WIDEST}, not {problem.dims['k']}"
