@@ -19,7 +19,8 @@ BITS = {
     "bfloat16": 16.0, "float16": 16.0, "int8": 8.5, "int4": 5.0, "q4_0": 4.5, "q4_1": 5.0,
     "q4_k": 5.0, "q5_0": 8.5, "q5_1": 9.0, "q5_k": 9.0, "q6_k": 9.0, "q8_0": 8.5,
     "gptq_int4": 5.0, "gptq_int8": 9.0, "awq_int4": 5.0, "packed_int4": 5.0, "packed_int8": 9.0,
-    "int8_channel": 9.0, "int8_group": 9.0, "fp8": 8.5, "fp8_block": 8.5, "mxfp4": 4.5,
+    "int8_channel": 9.0, "int8_token": 9.0, "int8_group": 9.0, "fp8": 8.5, "fp8_block": 8.5,
+    "mxfp4": 4.5,
 }  # fmt: skip
 """Bits that a weight takes in memory, scales included, at most."""
 

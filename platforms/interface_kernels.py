@@ -71,6 +71,8 @@ class Kernel:
     # Schemes of weights that it is there for; empty: no matter. A model without a matrix in one of
     # them passes the kernel over, and that makes no fallback of its choice.
     schemes: frozenset[str] = frozenset()
+    # How it rounds activations before a product of integers, "int8, a scale per token"; "": not.
+    activations: str = ""
     # Brings a matrix once, at load, into the form that `fn` takes in its place. Kernels of one
     # provider share that form; None: `fn` takes the checkpoint's own.
     prepare: Callable[[Any, Problem], Any] | None = None

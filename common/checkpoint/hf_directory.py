@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .quantization_config import packed_scheme
+from .quantization_config import DESCRIBED, packed_scheme
 
 _QWEN3_5 = {
     "rms_norm_eps": 1e-6,
@@ -114,6 +114,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         outer_type = outer.get("model_type")
         config |= {"model_type": _TEXT_TYPES.get(str(outer_type), outer_type)}
         config |= {key: value for key, value in text.items() if value is not None}
+    described = _description(directory)
+    if described is not None:
+        config["quantization_config"] = {DESCRIBED: "", **described}
     packed_scheme(config, path)  # refuses what there is no scheme for
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{path}: field 'model_type' is missing; it names the architecture.")
@@ -122,6 +125,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     if config["model_type"] == "mistral":
         config.setdefault("sliding_window", 4096)
     return config
+
+
+def _description(directory: Path) -> dict[str, Any] | None:
+    """msModelSlim's list of tensors and their types, whose file some releases name by the type."""
+    files = sorted(directory.glob("quant_model_description*.json"))
+    return read_object(files[0]) if files else None
 
 
 def eos_ids(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:

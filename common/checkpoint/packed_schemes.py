@@ -4,6 +4,7 @@ a matrix, their shapes and types, and how they are taken apart.
 GPTQ    as AutoGPTQ and GPTQModel write it ("gptq", whose zeros are stored less one, and "gptq_v2")
 AWQ     as AutoAWQ writes it, version "gemm"
 Compressed    as compressed-tensors writes it, "int-quantized" and "pack-quantized"
+Described     as msModelSlim writes it, type "W8A8_DYNAMIC" of quant_model_description.json
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ _AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs each nibble of a word belongs to, lowest nibble first."""
 
 PACKED = frozenset(
-    "gptq_int4 gptq_int8 awq_int4 int8_channel int8_group packed_int4 packed_int8".split()
+    "gptq_int4 gptq_int8 awq_int4 int8_channel int8_token int8_group packed_int4 packed_int8"
+    "".split()
 )
 """Names of the schemes."""
 
@@ -154,12 +156,15 @@ class Compressed:
     group_size: int
     symmetric: bool
     one_scale: bool = False
+    by_token: bool = False  # activations are to be rounded to eight bits, a scale per token
 
     @property
     def name(self) -> str:
         if self.packed:
             return f"packed_int{self.bits}"
-        return "int8_channel" if self.group_size == -1 else "int8_group"
+        if self.group_size != -1:
+            return "int8_group"
+        return "int8_token" if self.by_token and self.symmetric else "int8_channel"
 
     @property
     def marker(self) -> tuple[str, tuple[str, ...]]:
@@ -205,6 +210,41 @@ class Compressed:
                 zero += point
         group = _group_of(arrays.get("weight_g_idx"), inputs, self.group_size)
         return GroupedMatrix(self.bits, q, zero, np.ascontiguousarray(scale), group)
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """Bytes with a scale per output and activations of eight bits, a scale per token: weight
+    (outputs, inputs), weight_scale and weight_offset (outputs, 1). Offsets are zero: the type is
+    symmetric (pages of msModelSlim, "AscendV1")."""
+
+    @property
+    def name(self) -> str:
+        return "int8_token"
+
+    @property
+    def marker(self) -> tuple[str, tuple[str, ...]]:
+        return "weight", BYTES
+
+    def size(self, marker: Shape, stated: Shape | None) -> tuple[int, int]:
+        outputs, inputs = marker
+        return outputs, inputs
+
+    def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
+        return {
+            "weight": Part((outputs, inputs), BYTES),
+            "weight_scale": Part((outputs, 1), SCALES),
+            "weight_offset": Part((outputs, 1), SCALES, optional=True),
+        }
+
+    def matrix(self, arrays: Arrays, outputs: int, inputs: int) -> GroupedMatrix:
+        offset = arrays.get("weight_offset")
+        if offset is not None and offset.any():
+            raise ValueError("has offsets beside it that are not zero; supported: symmetric bytes")
+        q = arrays["weight"].view(np.uint8) ^ np.uint8(128)
+        scale = np.ascontiguousarray(arrays["weight_scale"])
+        zero = np.full(scale.shape, 128, np.int16)
+        return GroupedMatrix(8, q, zero, scale, _group_of(None, inputs, -1))
 
 
 def _groups(inputs: int, group_size: int) -> int:

@@ -7,19 +7,24 @@ modules are quantised is read from the files' tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from .block_floats import SQUARE
-from .packed_schemes import AWQ, GPTQ, Compressed, PackedScheme
+from .packed_schemes import AWQ, GPTQ, Compressed, Described, PackedScheme
 from .quantised_rows import GROUP
 
 SUPPORTED = (
     "gptq (4 and 8 bits), awq (4 bits, version gemm), compressed-tensors (int-quantized and "
-    "pack-quantized), fp8 (e4m3 in blocks of 128 x 128), mxfp4 (stacks of experts), and "
-    "directories in float32, float16 or bfloat16; or a GGUF file"
+    "pack-quantized), msModelSlim (W8A8_DYNAMIC), fp8 (e4m3 in blocks of 128 x 128), mxfp4 (stacks "
+    "of experts), and directories in float32, float16 or bfloat16; or a GGUF file"
 )
+
+
+DESCRIBED = "model_quant_type"
+"""Field that a description of msModelSlim has, in a file of its own or in config.json."""
 
 
 def packed_scheme(config: Mapping[str, Any], source: Path) -> PackedScheme | None:
@@ -60,7 +65,8 @@ def _stated(config: Mapping[str, Any], source: Path) -> _Stated | None:
         return None
     if not isinstance(stated, dict):
         raise CheckpointError(f"{source}: field 'quantization_config' must be an object.")
-    method = str(stated.get("quant_method") or "unnamed method").lower()
+    unnamed = "modelslim" if DESCRIBED in stated else "unnamed method"
+    method = str(stated.get("quant_method") or unnamed).lower()
     return _Stated(stated, source, method)
 
 
@@ -141,18 +147,18 @@ def _compressed(stated: _Stated) -> PackedScheme:
     sparsity = stated.values.get("sparsity_config") or {}
     if sparsity.get("format") not in (None, "dense"):
         raise stated.refusal("sparsity_config", "none")
-    groups = stated.part("config_groups")
-    schemes = {_of_group(groups.part(name), form) for name in groups.values}
+    listed = stated.part("config_groups")
+    groups = [listed.part(name) for name in listed.values]
+    schemes = {_of_group(group, form) for group in groups}
     if len(schemes) != 1:
         raise stated.refusal("config_groups", "groups that quantise weights alike")
-    return schemes.pop()
+    return replace(schemes.pop(), by_token=all(map(_rounds_tokens, groups)))
 
 
 def _of_group(group: _Stated, form: str) -> Compressed:
     group.one_of("format", (form,), form)
     group.absent("output_activations")
     if group.values.get("input_activations"):
-        # Rounded on the fly here too, in finer groups than the checkpoint asks for.
         inputs = group.part("input_activations")
         inputs.one_of("type", ("int",), "int")
         inputs.one_of("num_bits", (8,), 8)
@@ -167,10 +173,29 @@ def _of_group(group: _Stated, form: str) -> Compressed:
     return Compressed(bits, packed, size, symmetric, strategy == "tensor")
 
 
+def _described(stated: _Stated) -> PackedScheme:
+    """A description lists every tensor with its type, and says of the whole what is quantised
+    beside matrices and how they were turned before."""
+    stated.absent("kv_quant_type", "kv_cache_type", "fa_quant_type", "reduce_quant_type")
+    stated.absent("metadata", "optional", "group_size")
+    for name in stated.values:
+        if "." in name:
+            stated.one_of(name, ("float", "w8a8_dynamic"))
+    return Described()
+
+
+def _rounds_tokens(group: _Stated) -> bool:
+    """Whether activations are to be rounded with one scale a token and no zero point. Those that
+    are to be rounded in another way are not: more exact, and the model before it was quantised."""
+    inputs = group.values.get("input_activations") or {}
+    return inputs.get("strategy") == "token" and inputs.get("symmetric", True) is True
+
+
 _STRATEGIES = ("group", "channel", "tensor")
 
 _METHODS: Mapping[str, Callable[[_Stated], PackedScheme]] = {
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed,
+    "modelslim": _described,
 }

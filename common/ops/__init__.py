@@ -31,11 +31,13 @@ from . import (
     rope,
     sample,
     segment_attention,
+    token_rounded_linear,
 )
 
 MODULES = (
     dense,
     quantised_linear,
+    token_rounded_linear,
     norm,
     rope,
     interleaved_rope,

@@ -164,6 +164,7 @@ SHAPES = (
     Shape("mixed_mqa_128", ((20, 1), (0, 6), (3, 5)), 16, heads=6, kv_heads=1, dim=128),
     Shape("mha_80", ((20, 1), (0, 6)), 16, heads=3, kv_heads=3, dim=80),
     Shape("gqa_64", ((20, 1), (21, 1), (4, 6)), 16, heads=9, kv_heads=3, dim=64),
+    Shape("dim_200", ((20, 1), (0, 6)), 16, heads=4, kv_heads=2, dim=200),
     Shape("dim_256", ((20, 1), (0, 6)), 16, heads=4, kv_heads=1, dim=256),
     Shape("window_decode", ((50, 1), (3, 1), (200, 1)), 16, window=20),
     Shape("window_below_page", ((50, 1), (3, 1), (15, 1)), 16, window=5),
@@ -186,6 +187,8 @@ SHAPES = (
 
 
 def cases(rng: np.random.Generator) -> Iterable[Case]:
+    """dim_200: a report of heads that no power of two divides (flash-attention-npu 135); windows
+    behind longer prompts: of a window that was not kept (intel/torch-xpu-ops 4428)."""
     for shape in SHAPES:
         yield build(rng, shape)
     yield _shared_page(rng)

@@ -37,9 +37,12 @@ def logprobs(logits: F32, token_ids: I64, top: int) -> tuple[F32, I64, F32]:
 
 
 def cases(rng: np.random.Generator) -> Iterable[Case]:
+    """Two are of reports of a wrong `topk`: rows of 4,096 numbers and more (pytorch 191871), and a
+    NaN in one of 512 rows and more (intel/torch-xpu-ops 4839)."""
     for name, rows, vocab, top, scale in [
         ("one_row", 1, 1003, 5, 3.0),
         ("odd_vocab", 4, 257, 20, 10.0),
+        ("past_4096", 2, 8203, 20, 9.0),
         ("chosen_only", 3, 50, 0, 1.0),
         ("whole_vocab", 2, 7, 7, 1.0),
         ("no_rows", 0, 16, 2, 1.0),
@@ -52,6 +55,9 @@ def cases(rng: np.random.Generator) -> Iterable[Case]:
     yield Case("large_values", {"logits": large, "token_ids": np.array([7]), "top": 1})
     broken = normal(rng, 2, 20)
     broken[0, 3], broken[0, 5] = np.nan, -np.inf
+    many = rng.permuted(np.tile(np.arange(32.0, dtype=np.float32), (513, 1)), axis=1)
+    many[0, 3] = np.nan
+    yield Case("nan_beside_many", {"logits": many, "token_ids": np.arange(513) % 32, "top": 4})
     yield Case("nan_and_minus_inf", {"logits": broken, "token_ids": np.array([4, 1]), "top": 4})
 
 

@@ -148,7 +148,9 @@ GGUF_FORMS: dict[str, Callable[[np.random.Generator, int, int], Stored]] = {
 }
 
 
-def _cases(form: Callable[..., Stored]) -> Callable[[np.random.Generator], Iterable[Case]]:
+def cases_of_form(form: Callable[..., Stored]) -> Callable[[np.random.Generator], Iterable[Case]]:
+    """Cases of a contract whose matrices are of `form`."""
+
     def cases(rng: np.random.Generator) -> Iterable[Case]:
         for name, rows, k, n, biased in [
             ("one_row", 1, 64, 48, False),
@@ -174,6 +176,6 @@ def _cases(form: Callable[..., Stored]) -> Callable[[np.random.Generator], Itera
 
 
 OPS = tuple(
-    Op("linear", quantised_linear, _cases(form), TOLERANCE, weights=scheme, dims=linear_dims)
+    Op("linear", quantised_linear, cases_of_form(form), TOLERANCE, weights=scheme, dims=linear_dims)
     for scheme, form in {**FORMS, **GGUF_FORMS}.items()
 )

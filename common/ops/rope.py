@@ -92,12 +92,15 @@ SHAPES = [
     ("dim_16", 5, 4, 2, 16, 16),
     ("dim_80", 3, 2, 2, 80, 80),
     ("dim_128_mqa", 4, 6, 1, 128, 128),
+    ("dim_192", 3, 2, 1, 192, 192),
     ("dim_256", 2, 4, 1, 256, 256),
     ("partial", 3, 4, 2, 64, 16),
     ("partial_quarter_of_256", 2, 2, 1, 256, 64),
     ("partial_odd_rest", 5, 3, 3, 37, 10),
     ("no_tokens", 0, 4, 2, 32, 32),
 ]
+"""dim_192: a report of heads turned wrongly at that size (vllm-ascend 12723); partial: of a whole
+head turned where a part is to be (vllm-ascend 6060)."""
 
 
 def rope_cases(rng: np.random.Generator) -> Iterable[Case]:

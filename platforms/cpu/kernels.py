@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...common.checkpoint.gguf_blocks import SCHEMES
 from ...common.checkpoint.packed_schemes import PACKED
-from ...common.checkpoint.quantised_rows import QuantisedRows
+from ...common.checkpoint.quantised_rows import GROUP, QuantisedRows
 from ...common.errors import KernelError
 from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
@@ -70,6 +70,7 @@ MATRIX_OPS = {"embedding", "linear"}
 """Ops whose weight is packed at load."""
 WEIGHTS = frozenset({"", "bfloat16", "float16", "int8", "int4"}) | SCHEMES | PACKED
 """Schemes that `pack` has a form for."""
+ROUNDED = f"int8, a scale per {GROUP} numbers"
 
 
 def pack(weight: Tensor | QuantisedRows, problem: Problem) -> PackedWeight:
@@ -109,6 +110,8 @@ def register_native(registry: KernelRegistry, device: CpuDevice, linear: int) ->
         kernel = Kernel(op, "native", _needs_native, fn, linear if op == "linear" else NATIVE)
         if op in MATRIX_OPS:
             kernel = replace(kernel, prepare=pack, dismantle=dismantle, restore=restore)
+        if op in ("linear", "moe"):
+            kernel = replace(kernel, activations=ROUNDED)
         if op == "moe":
             kernel = replace(
                 kernel, prepare=pack_experts, dismantle=dismantle_experts, restore=restore_experts

@@ -13,7 +13,7 @@ from ...common.ops.registry import KernelRegistry
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from ..torch_runtime.device import TorchDevice
-from . import experts, quantised, rotary, sampling
+from . import experts, quantised, rotary, sampling, token_rounded
 from .attention import FusedInferAttention
 from .library import PACKAGE, PRIORITY, refusal
 
@@ -63,6 +63,7 @@ def register(registry: KernelRegistry, device: TorchDevice) -> None:
         Kernel("add_rms_norm", PACKAGE, _norm_requires, add_rms_norm, PRIORITY),
         Kernel("silu_mul", PACKAGE, _requires, silu_mul, PRIORITY),
         *quantised.kernels(device),
+        token_rounded.kernel(device),
         *rotary.KERNELS,
         *experts.KERNELS,
         *sampling.KERNELS,

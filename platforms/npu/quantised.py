@@ -1,11 +1,11 @@
 """The linear layer on stored integers through torch_npu: `npu_weight_quant_batchmatmul`, which
-widens them on the way to the product (pages of op-plugin; not yet run on a device), and, by name
-only, `npu_dynamic_quant` with `npu_quant_matmul`, which rounds activations to eight bits with one
-scale a row: coarser than the scale per 32 that the contract of stored matrices allows.
+widens them on the way to the product (pages of op-plugin; not yet run on a device).
 
 The op keeps scales in the dtype of the activations. A scale per output goes there as its power of
 two, and the rest of it is multiplied into the result, so that no dtype rounds it; scales of groups
-have no such way out, and serve where float16 has them.
+have no such way out, and serve where float16 has them; those made on load are made in the dtype.
+
+It has no more than 65535 outputs: a matrix of more, a head's, is cut into equal parts, a call each.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ from ..torch_runtime.rounding import round_int8
 from ..torch_runtime.stored_integers import scales_by_group, whole_zeros
 from .library import PACKAGE, PRIORITY, refusal
 
-BY_NAME = "torch_npu_w8a8"
-LAST = -50
 WIDEST = 65535
+"""Inputs and outputs of one call."""
 PAIRED = 8
 """Numbers of four bits in an int32."""
-CHANNEL = frozenset({"int8_channel"})
+CHANNEL = frozenset({"int8_channel", "int8_token"})
 GROUPED = frozenset(
     {"int8", "int8_group", "gptq_int4", "gptq_int8", "awq_int4", "packed_int4", "packed_int8"}
 )
@@ -44,15 +43,15 @@ ROUNDED = frozenset({"int8"})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntMatrix:
-    """A matrix (n, k). `weight` (k, n) int8, or (k, n / 8) int32 of eight numbers each with n
-    padded to 8; value = (number + offset) * scale * rest."""
+    """A matrix (outputs, k) in parts of n outputs each, the last filled up: (parts, k, n) int8, or
+    (parts, k, n / 8) int32 of eight numbers each. value = (number + offset) * scale * rest."""
 
     weight: Tensor
-    scale: Tensor  # (1, n) or (groups, n), in the dtype of the activations
+    scale: Tensor  # (parts, 1 or groups, n), in the dtype of the activations
     offset: Tensor | None  # as scale
     group: int  # columns that share a scale; 0 is all
     outputs: int
-    rest: Tensor | None = None  # (n,) float32
+    rest: Tensor | None = None  # (outputs,) float32
     order: Tensor | None = None
 
 
@@ -64,13 +63,11 @@ def linear(x: Tensor, weight: Tensor | IntMatrix, bias: Tensor | None = None) ->
         return x.new_empty((len(x), weight.outputs))
     if weight.order is not None:
         x = x.index_select(1, weight.order)
-    plain = weight.rest is None and weight.scale.shape[1] == weight.outputs
+    parts, _, n = weight.scale.shape
+    plain = weight.rest is None and parts * n == weight.outputs
     wide = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-    inside = bias.to(wide).contiguous() if plain and bias is not None else None
-    result: Tensor = import_module(PACKAGE).npu_weight_quant_batchmatmul(
-        x, weight.weight, weight.scale, weight.offset, bias=inside,
-        antiquant_group_size=weight.group,
-    )  # fmt: skip
+    inside = bias.to(wide).view(parts, n) if plain and bias is not None else None
+    result = _product(x, weight, inside)
     if plain:
         return result
     result = result[:, : weight.outputs]
@@ -80,35 +77,30 @@ def linear(x: Tensor, weight: Tensor | IntMatrix, bias: Tensor | None = None) ->
     return result.to(x.dtype)
 
 
-def linear_in_eight_bits(
-    x: Tensor, weight: Tensor | IntMatrix, bias: Tensor | None = None
-) -> Tensor:
-    if isinstance(weight, Tensor):
-        return F.linear(x, weight, bias)
-    if not x.numel():
-        return x.new_empty((len(x), weight.outputs))
-    if weight.order is not None:
-        x = x.index_select(1, weight.order)
-    library = import_module(PACKAGE)
-    rounded, steps = library.npu_dynamic_quant(x)
-    scale = weight.scale[0].float()
-    result: Tensor = library.npu_quant_matmul(
-        rounded,
-        weight.weight,
-        scale if weight.rest is None else scale * weight.rest,
-        pertoken_scale=steps,
-        bias=None if bias is None else bias.float(),
-        output_dtype=x.dtype,
-    )
-    return result
+def _product(x: Tensor, weight: IntMatrix, bias: Tensor | None) -> Tensor:
+    """(T, parts * n). `bias` (parts, n) or None."""
+    multiply = import_module(PACKAGE).npu_weight_quant_batchmatmul
+    results: list[Tensor] = [
+        multiply(
+            x,
+            weight.weight[part],
+            weight.scale[part],
+            None if weight.offset is None else weight.offset[part],
+            bias=None if bias is None else bias[part],
+            antiquant_group_size=weight.group,
+        )
+        for part in range(len(weight.weight))
+    ]
+    return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
 
 def embedding(ids: Tensor, table: Tensor | IntMatrix, scale: float = 1.0) -> Tensor:
     """By torch: the library looks up no rows of integers."""
     if isinstance(table, Tensor):
         return look_up(ids, table, scale)
-    numbers = table.weight.t().index_select(0, ids)
-    steps = table.scale.t().index_select(0, ids).float()
+    numbers = table.weight.transpose(1, 2).flatten(0, 1).index_select(0, ids)
+    n = table.scale.shape[2]
+    steps = table.scale[ids // n, :, ids % n].float()
     if table.group:
         steps = steps.repeat_interleave(table.group, dim=1)[:, : numbers.shape[1]]
     return (numbers.float() * steps * scale).to(table.scale.dtype)
@@ -117,14 +109,15 @@ def embedding(ids: Tensor, table: Tensor | IntMatrix, scale: float = 1.0) -> Ten
 def prepare(weight: Any, problem: Problem, device: TorchDevice) -> Tensor | IntMatrix:
     """A checkpoint's rows as the op reads them, or a tensor rounded; one without a scheme as it is.
     Raises KernelError."""
+    dtype = getattr(torch, problem.dtype)
     if isinstance(weight, Tensor):
         if problem.weights not in ROUNDED:
             return weight
-        q, steps = (part.cpu().numpy() for part in round_int8(weight))
+        # Scales that the op can keep, so that numbers are right for them.
+        q, steps = (part.float().cpu().numpy() for part in round_int8(weight, dtype))
         weight = QuantisedRows(8, q.astype(np.int8), steps, None, weight.shape[1])
     if not isinstance(weight, QuantisedRows):
         raise KernelError(f"{PACKAGE!r} has no form for {type(weight).__name__}.")
-    dtype = getattr(torch, problem.dtype)
     numbers = torch.from_numpy(weight.q).to(torch.int32)
     scale = scales_by_group(weight, PACKAGE)
     offset = _offset(weight, scale)
@@ -137,11 +130,11 @@ def prepare(weight: Any, problem: Problem, device: TorchDevice) -> Tensor | IntM
     if not group:
         scale, offset = scale[:, :1], None if offset is None else offset[:, :1]
     kept, rest = _split(scale, dtype, bool(group))
-    parts = [kept] if offset is None else [kept, offset]
-    flat = [_padded(part.t(), weight.bits).to(dtype).contiguous() for part in parts]
+    given = [kept] if offset is None else [kept, offset]
+    flat = [in_parts(rows.t(), weight.bits).to(dtype) for rows in given]
     order = None if weight.order is None else device.to_device(weight.order)
     return IntMatrix(
-        _numbers(numbers, weight.bits, device),
+        numbers_on_device(numbers, weight.bits, device),
         device.to_device(flat[0]),
         device.to_device(flat[1]) if offset is not None else None,
         group,
@@ -171,19 +164,23 @@ def _split(scale: Tensor, dtype: torch.dtype, grouped: bool) -> tuple[Tensor, Te
     return power, (scale / power)[:, 0].contiguous()
 
 
-def _padded(columns: Tensor, bits: int) -> Tensor:
-    missing = -columns.shape[1] % PAIRED if bits == 4 else 0
-    return F.pad(columns, (0, missing)) if missing else columns
+def in_parts(columns: Tensor, bits: int) -> Tensor:
+    """(k, outputs) -> (parts, k, n) of as few parts as the op needs, filled up with zeros."""
+    outputs, step = columns.shape[1], PAIRED if bits == 4 else 1
+    parts = -(-outputs // (WIDEST // step * step))
+    n = -(-outputs // (parts * step)) * step
+    whole = F.pad(columns, (0, parts * n - outputs))
+    return whole.unflatten(1, (parts, n)).transpose(0, 1).contiguous()
 
 
-def _numbers(numbers: Tensor, bits: int, device: TorchDevice) -> Tensor:
-    """(n, k) int32 -> (k, n): eight bits as a transposed view, as the page recommends; four bits
-    packed by the library, which keeps its order to itself."""
+def numbers_on_device(numbers: Tensor, bits: int, device: TorchDevice) -> Tensor:
+    """(outputs, k) int32 -> (parts, k, n): eight bits as a transposed view, as the page recommends;
+    four bits packed by the library, which keeps its order to itself."""
+    parts = in_parts(numbers.t(), bits)
     if bits == 8:
-        return device.to_device(numbers.to(torch.int8).contiguous()).t()
-    whole = device.to_device(_padded(numbers.t(), bits).contiguous())
-    packed: Tensor = import_module(PACKAGE).npu_convert_weight_to_int4pack(whole)
-    return packed
+        return device.to_device(parts.to(torch.int8).transpose(1, 2).contiguous()).transpose(1, 2)
+    pack = import_module(PACKAGE).npu_convert_weight_to_int4pack
+    return torch.stack([pack(device.to_device(part)) for part in parts])
 
 
 def _requires(facts: DeviceFacts, problem: Problem) -> str | None:
@@ -194,22 +191,15 @@ def _requires(facts: DeviceFacts, problem: Problem) -> str | None:
         return f"has no {problem.weights} weights"
     if problem.dtype not in ("float16", "bfloat16"):
         return f"takes float16 and bfloat16, not {problem.dtype}"
-    if problem.weights in GROUPED and problem.dtype != "float16":
+    if problem.weights in GROUPED - ROUNDED and problem.dtype != "float16":
         return f"would round scales of groups to {problem.dtype}; --dtype float16 keeps them"
-    for side in ("k", "n"):
-        if problem.dims.get(side, 1) > WIDEST:
-            return f"{side} is up to {WIDEST}, not {problem.dims[side]}"
+    if problem.dims.get("k", 1) > WIDEST:
+        return f"k is up to {WIDEST}, not {problem.dims['k']}"
     return None
 
 
 def _requires_rows(facts: DeviceFacts, problem: Problem) -> str | None:
     if problem.weights and problem.weights not in ROUNDED:
-        return f"has no {problem.weights} weights"
-    return _requires(facts, problem)
-
-
-def _requires_by_name(facts: DeviceFacts, problem: Problem) -> str | None:
-    if problem.weights not in CHANNEL | {""}:
         return f"has no {problem.weights} weights"
     return _requires(facts, problem)
 
@@ -226,9 +216,5 @@ def kernels(device: TorchDevice) -> tuple[Kernel, ...]:
         Kernel(
             "embedding", PACKAGE, _requires_rows, embedding, PRIORITY,
             schemes=ROUNDED, prepare=on_device,
-        ),
-        Kernel(
-            "linear", BY_NAME, _requires_by_name, linear_in_eight_bits, LAST,
-            schemes=CHANNEL, prepare=on_device,
         ),
     )  # fmt: skip

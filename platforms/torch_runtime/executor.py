@@ -18,6 +18,7 @@ from ..interface_attention import AttentionBackend, AttentionSpec
 from ..interface_kernels import KernelTable, Problem
 from ..interface_kv import KVKind
 from ..interface_step import StepBatch, StepResult
+from .activation_rounding import rounding_decisions
 from .device import TorchDevice
 from .dtypes import DTYPES
 from .image_rows import tower_memory
@@ -115,7 +116,7 @@ class TorchExecutor:
         ops = registry.resolve(problems, device.facts, spec.kernels, spec.strict)
         model = source.build(ops, DTYPES[dtype], quantize)
         attention, specs, decisions = self._attention(model, dtype, registry)
-        log.extend([*ops.decisions, *decisions])
+        log.extend([*ops.decisions, *rounding_decisions(problems, ops, dtype), *decisions])
         needs = group_needs(model.cache_needs())
         weight_bytes, budget = self._memory(model, spec.max_context or source.context_length)
         kv_dtype = next((s.stored_dtype for s in specs if s), dtype)

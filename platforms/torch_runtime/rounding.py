@@ -1,4 +1,5 @@
-"""Matrices rounded on load (`--quantize int8`, `int4`): the same numbers on every platform."""
+"""Matrices rounded on load (`--quantize int8`, `int4`): the same numbers on every platform that
+keeps scales in float16."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ GROUP = 32
 """Inputs that share a scale."""
 
 
-def round_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (n, k) -> q (n, groups, 32) whole numbers -127..127, scale (n, groups) float16.
+def round_int8(weight: Tensor, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+    """weight (n, k) -> q (n, groups, 32) whole numbers -127..127, scale (n, groups) in `dtype`.
     Symmetric: the largest magnitude of an output's 32 inputs becomes 127."""
     groups = in_groups(weight.float())
-    scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).to(dtype)
     return _divide(groups, scale).clamp_(-127, 127), scale.squeeze(-1)
 
 

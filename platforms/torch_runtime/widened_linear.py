@@ -24,8 +24,8 @@ PRIORITY = -100
 """Below everything: matrices converted once, at load, are faster."""
 
 SCHEMES = frozenset(
-    "bfloat16 float16 gptq_int4 gptq_int8 awq_int4 int8_channel int8_group packed_int4 "
-    "packed_int8 fp8_block mxfp4".split()
+    "bfloat16 float16 gptq_int4 gptq_int8 awq_int4 int8_channel int8_token int8_group "
+    "packed_int4 packed_int8 fp8_block mxfp4".split()
 )
 
 

@@ -1,7 +1,6 @@
 """The linear layer on stored integers through oneDNN, as torch 2.13 offers it on XPU: four bits,
-widened on the way to the product, by `_weight_int4pack_mm_with_scales_and_zeros`; and, by name
-only, eight bits by eight bits, by `_int_mm`, for which activations are rounded with one scale a
-row: coarser than the scale per 32 that the contract of stored matrices allows.
+widened on the way to the product, by `_weight_int4pack_mm_with_scales_and_zeros`; and eight bits by
+eight bits, by `_int_mm`, for checkpoints that ask for activations rounded with a scale per token.
 
 Source of what they take: `aten/src/ATen/native/mkldnn/xpu/Blas.cpp`. Neither has run on a device.
 """
@@ -20,14 +19,16 @@ from ...common.errors import KernelError
 from ..interface import DeviceFacts
 from ..interface_kernels import Kernel, Problem
 from ..judgement import numbers
+from ..torch_runtime.activation_rounding import AS_ASKED, BY_TOKEN
 from ..torch_runtime.device import TorchDevice
-from ..torch_runtime.stored_integers import scales_by_group, whole_zeros
+from ..torch_runtime.stored_integers import bytes_by_output, scales_by_group, whole_zeros
 
-PROVIDER, BY_NAME = "onednn", "onednn_w8a8"
-PRIORITY, LAST = 5, -50
+PROVIDER, IN_BYTES = "onednn", "onednn_w8a8"
+PRIORITY = 5
 """Below Triton's kernels, of which more forms and dtypes are known to be right."""
+ABOVE_TRITON = 15
+"""Triton's product of widened integers serves such a checkpoint too, and rounds less."""
 INT4 = frozenset({"gptq_int4", "awq_int4", "packed_int4"})
-CHANNEL = frozenset({"int8_channel"})
 OLDEST = (2, 13)
 """The torch whose operations these were written against."""
 MIDDLE = 8
@@ -71,12 +72,15 @@ def linear_in_eight_bits(
 ) -> Tensor:
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
+    if not x.numel():
+        return x.new_empty((len(x), len(weight.data)))
     if weight.order is not None:
         x = x.index_select(1, weight.order)
     wide = x.float()
-    step = wide.abs().amax(dim=-1, keepdim=True) / 127
-    step = torch.where(step > 0, step, 1.0)
-    rounded = (wide / step).round().to(torch.int8)
+    most = wide.abs().amax(dim=-1, keepdim=True)
+    # Of what is not finite a whole number says nothing: its row is NaN by its scale.
+    step = torch.where(most < torch.inf, most, torch.nan) / 127
+    rounded = (wide / torch.where(step > 0, step, 1.0)).nan_to_num(0, 0, 0).round().to(torch.int8)
     result = torch._int_mm(rounded, weight.data.t()).float() * step * weight.scale
     return (result if bias is None else result + bias.float()).to(x.dtype)
 
@@ -115,14 +119,9 @@ def prepare_eight_bits(weight: Any, problem: Problem, device: TorchDevice) -> Te
     """Raises KernelError."""
     if isinstance(weight, Tensor):
         return weight
-    if not isinstance(weight, QuantisedRows) or weight.bits != 8 or weight.minimum is not None:
-        raise KernelError(f"{BY_NAME!r} has no form for {type(weight).__name__}.")
-    scale = scales_by_group(weight, BY_NAME)
-    if not bool((scale == scale[:, :1]).all()):
-        raise KernelError(f"{BY_NAME!r} has one scale for each output, this matrix has groups.")
-    data = torch.from_numpy(weight.q).flatten(1)[:, : weight.columns].contiguous()
-    order = None if weight.order is None else device.to_device(weight.order)
-    return Int8Matrix(device.to_device(data), device.to_device(scale[:, 0].contiguous()), order)
+    numbers, scale, order = bytes_by_output(weight, IN_BYTES)
+    placed = None if order is None else device.to_device(order)
+    return Int8Matrix(device.to_device(numbers), device.to_device(scale), placed)
 
 
 def _written_for(facts: DeviceFacts) -> str | None:
@@ -140,9 +139,9 @@ def _requires(facts: DeviceFacts, problem: Problem) -> str | None:
     return _written_for(facts)
 
 
-def _requires_by_name(facts: DeviceFacts, problem: Problem) -> str | None:
-    if problem.weights and problem.weights not in CHANNEL:
-        return f"has no {problem.weights} weights"
+def _requires_in_bytes(facts: DeviceFacts, problem: Problem) -> str | None:
+    if problem.weights not in ("", BY_TOKEN):
+        return f"rounds activations, which {problem.weights} weights do not ask for"
     return _written_for(facts)
 
 
@@ -156,7 +155,7 @@ def kernels(device: TorchDevice) -> tuple[Kernel, ...]:
     return (
         Kernel("linear", PROVIDER, _requires, linear, PRIORITY, schemes=INT4, prepare=four),
         Kernel(
-            "linear", BY_NAME, _requires_by_name, linear_in_eight_bits, LAST,
-            schemes=CHANNEL, prepare=eight,
+            "linear", IN_BYTES, _requires_in_bytes, linear_in_eight_bits, ABOVE_TRITON,
+            schemes=frozenset({BY_TOKEN}), prepare=eight, activations=AS_ASKED,
         ),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from sixfold.platforms.mlx.page_products import ONLY_FLOAT32
 from sixfold.platforms.mlx.pools import LayerPages, LayerStates, MLXPages
 
 SUITE = PLATFORM.conformance(mlx_facts())
-NOT_KEPT = ("fp8_block", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0")
+NOT_KEPT = ("int8_token", "fp8_block", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0")
 REFUSED = {
     ("metal", NEEDS_METAL),
     ("products", ONLY_FLOAT32),

@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from support.emulated_npu import matmul as emulated_matmul
 from support.emulated_npu import module
 from support.emulated_npu.platform import PLATFORM, EmulatedDevice, facts
-from support.tiny_models import TINY, save
+from support.tiny_models import TINY, Tiny, save
 from support.tiny_torch_model import Driver
 
 from sixfold.common.errors import KernelError
 from sixfold.platforms.interface import EngineSpec, ExecutorInfo
 from sixfold.platforms.interface_step import LAST_TOKEN
+from sixfold.platforms.npu import quantised
 from sixfold.platforms.torch_runtime.executor import TorchExecutor
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral_window", "qwen3_moe", "gemma3")
@@ -85,6 +87,29 @@ def test_a_model_gives_the_tokens_of_the_generic_kernels(
     assert chosen["step"] == "captured"
     # Gemma's norm weights are float32, which the library does not take beside float16.
     assert chosen["kernel rms_norm"] == ("generic" if family == "gemma3" else "torch_npu")
+
+
+def test_int8_on_load_serves_a_head_that_the_op_takes_in_parts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No dtype is named. The op's limit is lowered to 100 outputs: this head is of 256. The same
+    tokens come out where the op takes it whole. Real sizes: `test_emulated_npu_matmul`."""
+    torch.set_num_threads(1)
+    path = save(Tiny("Llama", {"tie_word_embeddings": True}).model().bfloat16(), tmp_path)
+    monkeypatch.setitem(sys.modules, "torch_npu", module())
+    asked = spec(path, quantize="int8", dtype=None, graphs="off")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    for limited in (quantised, emulated_matmul):
+        monkeypatch.setattr(limited, "WIDEST", 100)
+    got, info = greedy(PLATFORM.executor(asked, facts()))
+    chosen = {decision.what: decision.chosen for decision in info.decisions}
+    assert (chosen["weights"], chosen["dtype"]) == ("int8", "bfloat16")
+    assert chosen["kernel linear"] == chosen["kernel embedding"] == "torch_npu"
+    for limited in (quantised, emulated_matmul):
+        monkeypatch.setattr(limited, "WIDEST", 65535)
+    whole, _ = greedy(PLATFORM.executor(asked, facts()))
+    assert got == whole
 
 
 def test_a_page_size_that_the_user_names_is_refused_with_those_there_are(

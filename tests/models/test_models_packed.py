@@ -18,7 +18,15 @@ from safetensors.torch import load_file, save_file
 from support.kernel_checks import rounded_to_bytes
 from tiny_models import TINY, expected_logits
 from tiny_models import prompt as tokens
-from tiny_packed import Form, awq, compressed, gptq, write_packed_model
+from tiny_packed import (
+    Form,
+    awq,
+    compressed,
+    describe,
+    described,
+    gptq,
+    write_packed_model,
+)
 
 from sixfold.common.checkpoint.checkpoint import open_checkpoint
 from sixfold.common.errors import CheckpointError
@@ -43,7 +51,7 @@ FORMS: dict[str, Form] = {
 SCHEME = {
     "gptq-int8": "gptq_int8",
     "awq": "awq_int4",
-    "bytes": "int8_channel",
+    "bytes": "int8_token",
     "packed-int4": "packed_int4",
 }
 TOLERANCE = 0.06
@@ -112,6 +120,36 @@ def test_awq_nibbles_in_another_order_would_be_seen(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     error = relative(logits(load_native(tmp_path), tokens()), expected_logits(oracle, tokens()))
     assert error > 5 * TOLERANCE
+
+
+def test_a_directory_that_is_described_by_a_file_of_its_own(tmp_path: Path) -> None:
+    """As msModelSlim writes it: no quantization_config, files of another name."""
+    oracle = write_packed_model(tmp_path, TINY["qwen2"], described())
+    describe(tmp_path)
+    problems = kernel_problems(open_checkpoint(tmp_path), "float32", "stored")
+    assert {p.weights for p in problems} == {"", "float16", "int8_token"}
+    expected = expected_logits(oracle, tokens())
+    torch.testing.assert_close(logits(load(tmp_path), tokens()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_described_offsets_that_are_not_zero_are_refused(tmp_path: Path) -> None:
+    write_packed_model(tmp_path, TINY["llama"], described())
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.mlp.up_proj.weight_offset"][5] = 1.0
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight' has offsets .* not zero"):
+        load(tmp_path)
+
+
+@native
+def test_what_becomes_of_activations_is_decided(tmp_path: Path) -> None:
+    write_packed_model(tmp_path, TINY["llama"], FORMS["bytes"])
+    decisions = {d.what: d for d in load_on_cpu(tmp_path).decisions}
+    assert decisions["weights"].chosen == "float16, int8_token"
+    told = decisions["activations of linear"]
+    assert told.chosen == "int8, a scale per 32 numbers"
+    assert told.because == "the checkpoint asks for int8, a scale per token; 'native' rounds less"
 
 
 def change(path: Path, **fields: Any) -> None:

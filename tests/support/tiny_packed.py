@@ -130,8 +130,11 @@ def awq(group_size: int = 32, **options: Any) -> Form:
     return Form(config, write, 4, group_size, **options)
 
 
-def compressed(packed: bool, bits: int, group_size: int, **options: Any) -> Form:
-    """Signed numbers: q and zero less half of 2 ** bits."""
+def compressed(
+    packed: bool, bits: int, group_size: int, by_token: bool = True, **options: Any
+) -> Form:
+    """Signed numbers: q and zero less half of 2 ** bits. `by_token`: bytes ask for activations of
+    eight bits too."""
     symmetric = options.setdefault("symmetric", True)
 
     def write(n: Numbers) -> Tensors:
@@ -158,20 +161,46 @@ def compressed(packed: bool, bits: int, group_size: int, **options: Any) -> Form
         "strategy": "channel" if group_size == -1 else "group",
         "group_size": None if group_size == -1 else group_size,
     }
-    inputs = (
-        None if packed else {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
-    )
+    inputs = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
+    asked = inputs if by_token and not packed else None
     config = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized" if packed else "int-quantized",
         "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": asked}
         },
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
         "quantization_status": "compressed",
     }
     return Form(config, write, bits, group_size, **options)
+
+
+def described() -> Form:
+    """msModelSlim's W8A8_DYNAMIC: bytes, a scale and an offset of zero per output."""
+
+    def write(n: Numbers) -> Tensors:
+        return {
+            "weight": torch.from_numpy((n.q - 128).astype(np.int8)),
+            "weight_scale": n.scale.float(),
+            "weight_offset": torch.zeros_like(n.scale).float(),
+        }
+
+    return Form({"model_quant_type": "W8A8_DYNAMIC"}, write, 8, -1, symmetric=True)
+
+
+def describe(path: Path) -> None:
+    """Moves the configuration of a directory that `write_packed_model` wrote into a description of
+    every tensor."""
+    config = json.loads((path / "config.json").read_text())
+    listed = config.pop("quantization_config")
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(path / "model.safetensors")
+    for name in tensors:
+        module = name.rpartition(".")[0]
+        listed[name] = "W8A8_DYNAMIC" if f"{module}.weight_scale" in tensors else "FLOAT"
+    (path / "model.safetensors").rename(path / "quant_model_weights.safetensors")
+    (path / "quant_model_description.json").write_text(json.dumps(listed))
 
 
 def write_packed_model(path: Path, tiny: Tiny, form: Form, seed: int = 0) -> Any:

@@ -367,8 +367,10 @@ def test_the_vendors_library_serves_both_generations_that_its_pages_name(machine
     assert choices.provider("embedding", "linear") == {"generic"}
     packed = Choices(facts_of(machine), quantize="stored", stored=stored("int8_channel"))
     assert packed.of("linear").chosen == "torch_npu"
-    lower = ("torch_npu_w8a8", "lower priority than torch_npu")
-    assert lower in packed.of("linear").rejected
+    asking = Choices(facts_of(machine), quantize="stored", stored=stored("int8_token"))
+    assert asking.of("linear").chosen == "torch_npu_w8a8"
+    lower = ("torch_npu", "lower priority than torch_npu_w8a8")
+    assert lower in asking.of("linear").rejected
 
 
 def test_groups_of_four_bits_are_refused_in_bfloat16_with_the_way_out() -> None:
@@ -395,12 +397,11 @@ def test_elsewhere_npu_kernels_are_generic_with_the_reason(
         assert reason in dict(choices.of(op).rejected)["torch_npu"]
 
 
-def test_int8_rounded_on_load_is_the_librarys_below_its_limit() -> None:
-    """The op has no more than 65535 outputs, which the heads of large vocabularies pass."""
-    with pytest.raises(KernelError, match="n is up to 65535, not 128256"):
-        Choices(facts_of("ascend_910b"), quantize="int8", dtype="float16")
-    with pytest.raises(KernelError, match="--dtype float16 keeps them"):
-        Choices(facts_of("ascend_910b"), quantize="int8")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_int8_rounded_on_load_is_the_librarys(dtype: str) -> None:
+    """The head of 128,256 outputs too, in parts."""
+    choices = Choices(facts_of("ascend_910b"), quantize="int8", dtype=dtype)
+    assert choices.provider("linear", "embedding") == {"torch_npu"}
 
 
 # ---- xpu
@@ -413,6 +414,18 @@ def test_four_bits_are_tritons_and_onednn_may_be_named() -> None:
     assert ("onednn", "lower priority than triton") in linear.rejected
     named = Choices(facts_of("intel_arc_b580"), chosen={"linear": "onednn"}, **asked)
     assert named.of("linear").chosen == "onednn"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bytes_by_bytes_are_for_checkpoints_that_ask(dtype: str) -> None:
+    asked: Any = {"quantize": "stored", "dtype": dtype}
+    linear = Choices(facts_of("intel_arc_b580"), stored=stored("int8_token"), **asked).of("linear")
+    assert (linear.chosen, linear.fallback) == ("onednn_w8a8", False)
+    plain = Choices(facts_of("intel_arc_b580"), stored=stored("int8_channel"), **asked)
+    assert plain.of("linear").chosen == "triton"
+    with pytest.raises(KernelError, match="'onednn_w8a8' cannot serve op 'linear': is for"):
+        Choices(facts_of("intel_arc_b580"), chosen={"linear": "onednn_w8a8"},
+            stored=stored("int8_channel"), **asked)  # fmt: skip
 
 
 def test_four_bits_without_triton_are_onednns() -> None:

@@ -8,20 +8,46 @@ from typing import Any
 
 import pytest
 
-from sixfold.common.checkpoint.packed_schemes import AWQ, GPTQ, Compressed, PackedScheme
+from sixfold.common.checkpoint.packed_schemes import AWQ, GPTQ, Compressed, Described, PackedScheme
 from sixfold.common.checkpoint.quantization_config import packed_scheme
 from sixfold.common.errors import CheckpointError
 
 GPTQ4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 AWQ4 = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 BYTES = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+TOKENS = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
 NIBBLES = {**BYTES, "num_bits": 4, "strategy": "group", "group_size": 128}
+
+
+DESCRIPTION = {
+    "model_quant_type": "W8A8_DYNAMIC",
+    "model.layers.0.mlp.up_proj.weight": "W8A8_DYNAMIC",
+    "model.layers.0.mlp.up_proj.weight_scale": "W8A8_DYNAMIC",
+    "lm_head.weight": "FLOAT",
+}
 
 
 def compressed(form: str, weights: dict[str, Any], inputs: Any = None, **fields: Any) -> dict:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     known = {"quant_method": "compressed-tensors", "format": form}
     return {**known, "config_groups": {"group_0": group}, "ignore": ["lm_head"], **fields}
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        (BYTES, "int8_token"),
+        ({**BYTES, "strategy": "tensor"}, "int8_token"),
+        ({**BYTES, "symmetric": False}, "int8_channel"),
+        ({**BYTES, "strategy": "group", "group_size": 64}, "int8_group"),
+    ],
+)
+def test_activations_are_rounded_where_one_scale_an_output_allows(
+    weights: dict[str, Any], name: str
+) -> None:
+    scheme = read(compressed("int-quantized", weights, TOKENS))
+    assert scheme is not None
+    assert scheme.name == name
 
 
 def read(config: Any) -> PackedScheme | None:
@@ -47,11 +73,33 @@ def read(config: Any) -> PackedScheme | None:
             compressed("int-quantized", BYTES, {"num_bits": 8, "type": "int", "dynamic": True}),
             Compressed(8, False, -1, True),
         ),
+        (compressed("int-quantized", BYTES, TOKENS), Compressed(8, False, -1, True, False, True)),
+        (
+            compressed("int-quantized", BYTES, {**TOKENS, "symmetric": False}),
+            Compressed(8, False, -1, True),
+        ),
+        (
+            compressed("int-quantized", BYTES, {**TOKENS, "strategy": "tensor"}),
+            Compressed(8, False, -1, True),
+        ),
+        (
+            compressed(
+                "int-quantized",
+                BYTES,
+                config_groups={
+                    "a": {"weights": BYTES, "input_activations": TOKENS},
+                    "b": {"weights": BYTES},
+                },
+            ),
+            Compressed(8, False, -1, True),
+        ),
         (
             compressed("int-quantized", {**BYTES, "strategy": "tensor"}),
             Compressed(8, False, -1, True, one_scale=True),
         ),
         (compressed("pack-quantized", NIBBLES), Compressed(4, True, 128, True)),
+        (DESCRIPTION, Described()),
+        ({"model_quant_type": "", "lm_head.weight": "FLOAT", "version": "1.0.0"}, Described()),
         (
             compressed("pack-quantized", {**NIBBLES, "symmetric": False}),
             Compressed(4, True, 128, False),
@@ -105,6 +153,9 @@ def test_what_is_read(config: Any, scheme: PackedScheme | None) -> None:
             ),
             ["'config_groups'", "alike"],
         ),
+        ({**DESCRIPTION, "a.b.weight": "W8A8"}, ["'a.b.weight'", "modelslim", "w8a8_dynamic"]),
+        ({**DESCRIPTION, "kv_cache_type": "C8"}, ["'kv_cache_type'", "C8", "none"]),
+        ({**DESCRIPTION, "metadata": {"quarot": {}}}, ["'metadata'", "none"]),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bitsandbytes", "gptq", "awq"]),
         ({"quant_method": "fp8", "activation_scheme": "dynamic"}, ["fp8", "'weight_block_size'"]),
         ({"bits": 4}, ["unnamed method"]),
