@@ -13,6 +13,7 @@ is nothing better that the user misses.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 from ...platforms.interface import Decision, DeviceFacts
@@ -84,12 +85,14 @@ class KernelRegistry:
         facts: DeviceFacts,
         chosen: str | None,
         strict: bool = False,
+        wrong: Mapping[str, str] = MappingProxyType({}),
     ) -> tuple[AttentionBackend, Decision]:
-        """The backend for all of a model's attention call sites. Raises KernelError."""
+        """The backend for all of a model's attention call sites. `wrong`: backends that were seen
+        to fail, and how. Raises KernelError."""
         reasons: dict[str, str | None] = {}
         for name, (_, backend) in self._backends.items():
             found = dict.fromkeys(r for spec in specs for r in refusals(backend, spec, facts))
-            reasons[name] = "; ".join(found) or None
+            reasons[name] = "; ".join(found) or wrong.get(name)
         order = sorted(reasons, key=lambda name: -self._backends[name][0])
         name, decision = _choose("attention", order, reasons, chosen, strict)
         return self._backends[name][1], decision

@@ -49,6 +49,8 @@ class TorchDevice:
     """
 
     feature_support = Support(Status.UNVERIFIED, "torch code, not yet run on this kind of device")
+    checks_attention = False
+    """Whether a backend must give right numbers at load before it serves."""
 
     def __init__(self, facts: DeviceFacts, torch_device: str) -> None:
         self._facts = facts

@@ -19,6 +19,7 @@ from ..interface_kernels import KernelTable, Problem
 from ..interface_kv import KVKind
 from ..interface_step import StepBatch, StepResult
 from .activation_rounding import rounding_decisions
+from .attention_check import resolve_right
 from .device import TorchDevice
 from .dtypes import DTYPES
 from .image_rows import tower_memory
@@ -194,9 +195,13 @@ class TorchExecutor:
         asked = [s for s in specs if s is not None]
         if not asked:
             return None, specs, _own_attention(dtype, chosen)
-        backend, decision = registry.resolve_attention(
-            asked, facts, spec.kernels.get("attention"), spec.strict
-        )
+        named = spec.kernels.get("attention")
+        if self._device.checks_attention:
+            backend, decision = resolve_right(
+                registry, asked, self._device, named, spec.strict, spec.page_size
+            )
+        else:
+            backend, decision = registry.resolve_attention(asked, facts, named, spec.strict)
         rejected: tuple[tuple[str, str], ...] = ()
         if chosen is None:
             chosen, because = self._device.default_kv_dtype(dtype, has_quantised(model))

@@ -24,6 +24,8 @@ class XPUGraphs(StreamGraphs):
 
 
 class XPUDevice(TorchDevice):
+    checks_attention = True
+
     @property
     def graphs(self) -> XPUGraphs | None:
         if self.facts.graphs == "none":
