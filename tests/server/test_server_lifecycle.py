@@ -32,7 +32,7 @@ class Stream:
 
     def __init__(self, server: Running, **fields: Any) -> None:
         self._body = long_body(server, stream=True, **fields)
-        self._http = server.http
+        self._http, self._patience = server.http, server.deadline
         self._answered = threading.Event()
         self._status = 0
         self.events: list[str] = []
@@ -52,11 +52,11 @@ class Stream:
     @property
     def status(self) -> int:
         """Waits for the head of the answer."""
-        assert self._answered.wait(60)
+        assert self._answered.wait(self._patience)
         return self._status
 
     def end(self) -> list[str]:
-        self._thread.join(60)
+        self._thread.join(self._patience)
         assert not self._thread.is_alive()
         return self.events
 
@@ -106,9 +106,10 @@ def test_a_stop_string_frees_the_row(server: Running) -> None:
 def test_queue_full_is_429_with_retry_after(launcher: Launcher, model_arguments: list[str]) -> None:
     server = launcher.start(*model_arguments, "--max-rows", 1, "--max-queue", 2)
     running = begin(server)
-    until(lambda: server.metric("num_requests_running") == 1, "one to run")
+    server.until_running(1)
     waiting = [Stream(server) for _ in range(2)]
-    until(lambda: server.metric("num_requests_waiting") == 2, "two to wait")
+    waits = "num_requests_waiting"
+    until(lambda: server.metric(waits) == 2, "two to wait", server.deadline)
     refused = server.http.post("/v1/completions", json=long_body(server))
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
@@ -143,7 +144,7 @@ def test_killed_engine_ends_streams_and_server(
         last = json.loads(stream.end()[-1].removeprefix("data: "))
         assert last["error"]["code"] == "engine_dead"
         assert "data: [DONE]" not in stream.events
-    asker.join(60)
+    asker.join(server.deadline)
     assert whole[0].status_code == 503
     assert whole[0].json()["error"]["code"] == "engine_dead"
     assert whole[0].headers["retry-after"]
@@ -159,20 +160,20 @@ def test_killed_server_takes_its_engine_along(
     stream = Stream(server)
     assert stream.status == 200
     server.process.kill()
-    engine.wait(60)
+    engine.wait(server.deadline)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_drains(
     launcher: Launcher, model_arguments: list[str], number: signal.Signals, platform: str
 ) -> None:
-    server = launcher.start(*model_arguments, "--drain-timeout", 60)
+    server = launcher.start(*model_arguments, "--drain-timeout", launcher.deadline)
     http = server.http
     # Long enough to be running when the signal comes, on the toy too.
     stream = Stream(server, max_tokens=2000 if platform == "toy" else 60)
     assert stream.status == 200
     server.process.send_signal(number)
-    until(lambda: http.get("/ready").status_code == 503, "not ready any more")
+    until(lambda: http.get("/ready").status_code == 503, "not ready any more", server.deadline)
     refused = http.post("/v1/completions", json={"model": server.model, "prompt": "x"})
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "draining"
@@ -196,7 +197,8 @@ def test_second_signal_does_not_wait(launcher: Launcher, model_arguments: list[s
     stream = Stream(server)
     assert stream.status == 200
     server.terminate()
-    until(lambda: server.http.get("/ready").status_code == 503, "not ready any more")
+    http = server.http
+    until(lambda: http.get("/ready").status_code == 503, "not ready any more", server.deadline)
     server.terminate()
     assert "error" in json.loads(stream.end()[-1].removeprefix("data: "))
     assert server.exit_code() == 1
