@@ -159,8 +159,10 @@ HOSTED = {
 PATIENCE = 900.0
 """Seconds for an answer of the demo model there."""
 
-# Triton's attention takes seconds a token in the interpreter: the tests of text have it.
-_INTERPRETED: Options = {"dtype": "float32", "kernels": {"attention": "sdpa"}}
+# In the interpreter Triton's attention takes seconds a token, and these two ops most of what is
+# left: the tests of text have them.
+_TORCHS = {"attention": "sdpa", "rope": "generic", "kv_write": "generic"}
+_INTERPRETED: Options = {"dtype": "float32", "kernels": _TORCHS}
 SERVING_DEMO: dict[str, Options] = {
     "emulated_npu": {"dtype": "bfloat16"},
     "interpreted_cuda": _INTERPRETED,
