@@ -105,6 +105,12 @@ def model_arguments(served_options: Options) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def few_rows(model_arguments: list[str]) -> list[str]:
+    """For a server of one test: steps of few rows are soon recorded, where a device records."""
+    return [*model_arguments, "--max-rows", "4"]
+
+
+@pytest.fixture(scope="session")
 def server(launcher: Launcher, model_arguments: list[str]) -> Running:
     """One server for all tests that leave it as it was."""
     return launcher.start(*model_arguments)

@@ -103,8 +103,8 @@ def test_a_stop_string_frees_the_row(server: Running) -> None:
     server.until_running(0)
 
 
-def test_queue_full_is_429_with_retry_after(launcher: Launcher, model_arguments: list[str]) -> None:
-    server = launcher.start(*model_arguments, "--max-rows", 1, "--max-queue", 2)
+def test_queue_full_is_429_with_retry_after(launcher: Launcher, few_rows: list[str]) -> None:
+    server = launcher.start(*few_rows, "--max-rows", 1, "--max-queue", 2)
     running = begin(server)
     server.until_running(1)
     waiting = [Stream(server) for _ in range(2)]
@@ -126,10 +126,8 @@ def test_queue_full_is_429_with_retry_after(launcher: Launcher, model_arguments:
         assert stream.end()
 
 
-def test_killed_engine_ends_streams_and_server(
-    launcher: Launcher, model_arguments: list[str]
-) -> None:
-    server = launcher.start(*model_arguments)
+def test_killed_engine_ends_streams_and_server(launcher: Launcher, few_rows: list[str]) -> None:
+    server = launcher.start(*few_rows)
     engine = server.engine_pid()
     streams = [Stream(server) for _ in range(3)]
     assert [stream.status for stream in streams] == [200] * 3
@@ -152,10 +150,8 @@ def test_killed_engine_ends_streams_and_server(
     assert "by signal 9" in server.log.read_text()
 
 
-def test_killed_server_takes_its_engine_along(
-    launcher: Launcher, model_arguments: list[str]
-) -> None:
-    server = launcher.start(*model_arguments)
+def test_killed_server_takes_its_engine_along(launcher: Launcher, few_rows: list[str]) -> None:
+    server = launcher.start(*few_rows)
     engine = psutil.Process(server.engine_pid())
     stream = Stream(server)
     assert stream.status == 200
@@ -165,9 +161,9 @@ def test_killed_server_takes_its_engine_along(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_drains(
-    launcher: Launcher, model_arguments: list[str], number: signal.Signals, platform: str
+    launcher: Launcher, few_rows: list[str], number: signal.Signals, platform: str
 ) -> None:
-    server = launcher.start(*model_arguments, "--drain-timeout", launcher.deadline)
+    server = launcher.start(*few_rows, "--drain-timeout", launcher.deadline)
     http = server.http
     # Long enough to be running when the signal comes, on the toy too.
     stream = Stream(server, max_tokens=2000 if platform == "toy" else 60)
@@ -183,8 +179,8 @@ def test_signal_drains(
     assert server.exit_code() == 0
 
 
-def test_drain_timeout_ends_what_still_runs(launcher: Launcher, model_arguments: list[str]) -> None:
-    server = launcher.start(*model_arguments, "--drain-timeout", 0.2)
+def test_drain_timeout_ends_what_still_runs(launcher: Launcher, few_rows: list[str]) -> None:
+    server = launcher.start(*few_rows, "--drain-timeout", 0.2)
     stream = Stream(server)
     assert stream.status == 200
     server.terminate()
@@ -192,8 +188,8 @@ def test_drain_timeout_ends_what_still_runs(launcher: Launcher, model_arguments:
     assert server.exit_code() == 1
 
 
-def test_second_signal_does_not_wait(launcher: Launcher, model_arguments: list[str]) -> None:
-    server = launcher.start(*model_arguments, "--drain-timeout", 600)
+def test_second_signal_does_not_wait(launcher: Launcher, few_rows: list[str]) -> None:
+    server = launcher.start(*few_rows, "--drain-timeout", 600)
     stream = Stream(server)
     assert stream.status == 200
     server.terminate()

@@ -164,7 +164,7 @@ PATIENCE = 900.0
 _TORCHS = {"attention": "sdpa", "rope": "generic", "kv_write": "generic"}
 _INTERPRETED: Options = {"dtype": "float32", "kernels": _TORCHS}
 SERVING_DEMO: dict[str, Options] = {
-    "emulated_npu": {"dtype": "bfloat16"},
+    "emulated_npu": {"dtype": "bfloat16", "max_rows": 32},
     "interpreted_cuda": _INTERPRETED,
     "interpreted_rocm": _INTERPRETED,
     "interpreted_xpu": _INTERPRETED,
