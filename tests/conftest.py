@@ -29,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "where it is slow, instead of a tiny one",
     )
     parser.addoption(
+        "--served",
+        action="store_true",
+        help="of the HTTP suite only the tests that run on --platform, without those that are "
+        "always the toy's or a platform's own",
+    )
+    parser.addoption(
         "--checkpoint",
         action="append",
         default=[],

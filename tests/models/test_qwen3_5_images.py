@@ -23,6 +23,7 @@ from sixfold.common.images.patches import Patches, cut, tokens_of
 from sixfold.common.images.settings import ImageSettings
 from sixfold.common.messages import AddRequest, Image, Output
 from sixfold.common.sampling import SamplingParams
+from sixfold.platforms.cpu.native_library import missing
 
 STEPS = 6
 GREEDY = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True)
@@ -158,6 +159,7 @@ def rows(path: Path, **fields: Any) -> torch.Tensor:
             return runner._model.image_rows(torch.from_numpy(image.values), [image.grid]).clone()
 
 
+@pytest.mark.skipif(missing() is not None, reason="no native kernels here")
 def test_rounding_the_text_leaves_the_tower_as_it_is(model: tuple[Path, Any]) -> None:
     path, _ = model
     wanted = rows(path)

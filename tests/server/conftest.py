@@ -13,14 +13,25 @@ import pytest
 from serving import (
     DEADLINE,
     HOSTED,
+    NAMED,
     PATIENCE,
     SERVING_DEMO,
     Launcher,
+    Options,
     Running,
+    arguments,
     install_hosted,
 )
 from tiny_babbler import write_babbler
 from toy_checkpoint import write_toy_checkpoint
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--served"):
+        return
+    chosen = {one for one in items if "served_options" in getattr(one, "fixturenames", ())}
+    config.hook.pytest_deselected(items=[one for one in items if one not in chosen])
+    items[:] = [one for one in items if one in chosen]
 
 
 @pytest.fixture(scope="session")
@@ -69,24 +80,34 @@ def script() -> str:
 
 
 @pytest.fixture(scope="session")
-def model_arguments(
+def served_options(
     platform: str,
     toy_model: Path,
     tmp_path_factory: pytest.TempPathFactory,
     pytestconfig: pytest.Config,
-) -> list[str]:
-    """Model and platform for `sixfold serve`: the toy's, a tiny one where the device is emulated
-    and nothing else is asked for, or the demo model anywhere else."""
+) -> Options:
+    """Model and platform: the toy's, a tiny one where the device is emulated and nothing else is
+    asked for, or the demo model anywhere else."""
     if platform == "toy":
-        return [str(toy_model), "--platform", platform]
+        return {"model": str(toy_model), "platform": platform}
+    sizes = {"platform": platform, "threads": 1, "cache_tokens": 16384, **NAMED.get(platform, {})}
     if platform in HOSTED and not pytestconfig.getoption("--demo"):
         tiny = write_babbler(tmp_path_factory.mktemp("models") / "tiny", max_context=1024)
-        return [str(tiny), "--platform", platform, "--threads", "1", "--cache-tokens", "16384"]
+        return {"model": str(tiny), **sizes}
     # A short context keeps the tests at its limit quick.
-    return [
-        "--platform", platform, "--threads", "1", "--max-context", "1024",
-        "--cache-tokens", "16384", *SERVING_DEMO.get(platform, ()),
-    ]  # fmt: skip
+    return {"max_context": 1024, **sizes, **SERVING_DEMO.get(platform, {})}
+
+
+@pytest.fixture(scope="session")
+def model_arguments(served_options: Options) -> list[str]:
+    """The same for `sixfold serve`."""
+    return arguments(served_options)
+
+
+@pytest.fixture(scope="session")
+def few_rows(model_arguments: list[str]) -> list[str]:
+    """For a server of one test: steps of few rows are soon recorded, where a device records."""
+    return [*model_arguments, "--max-rows", "4"]
 
 
 @pytest.fixture(scope="session")

@@ -162,18 +162,21 @@ def test_bench_counts_what_the_server_did(
     launcher: Launcher, server: Running, tmp_path: Path
 ) -> None:
     before = server.metric("generation_tokens_total")
+    page = server.http.get("/v1/platform").json()["page_size"]
+    shared = max(80, page + 16)  # a whole page, for no part of one is shared
     report = tmp_path / "report.json"
     plot = tmp_path / "plot.png"
     done = launcher.run(
-        "bench", "--url", server.url, "--requests", 6, "--concurrency", 3, "--prompt-tokens", 120,
-        "--output-tokens", 9, "--shared-prefix", 80, "--seed", 1, "--json", report, "--plot", plot,
+        "bench", "--url", server.url, "--requests", 6, "--concurrency", 3, "--output-tokens", 9,
+        "--prompt-tokens", shared + 40, "--shared-prefix", shared, "--seed", 1,
+        "--json", report, "--plot", plot,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     figures = json.loads(report.read_text())
     assert (figures["completed"], figures["errors"]) == (6, 0)
     assert figures["output_tokens"] == 6 * 9
     assert figures["cached_tokens"] > 0
-    assert abs(figures["prompt_tokens"] / 6 - 120) < 25
+    assert abs(figures["prompt_tokens"] / 6 - shared - 40) < 25
     assert server.metric("generation_tokens_total") - before >= 6 * 9
     for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
         spread = figures[name]

@@ -321,10 +321,8 @@ def test_bytes_that_are_no_http(server: Running) -> None:
         assert body["error"]["code"] == "invalid_http"
 
 
-def test_too_large_with_and_without_a_length(
-    launcher: Launcher, model_arguments: list[str]
-) -> None:
-    server = launcher.start(*model_arguments, "--max-body-bytes", 2000)
+def test_too_large_with_and_without_a_length(launcher: Launcher, few_rows: list[str]) -> None:
+    server = launcher.start(*few_rows, "--max-body-bytes", 2000)
     found = error(post_chat(server, messages=[{"role": "user", "content": "x" * 3000}]), 413)
     assert found["code"] == "request_too_large"
 
@@ -342,12 +340,12 @@ def test_too_large_with_and_without_a_length(
 
 
 def test_api_key_and_template_and_name(
-    launcher: Launcher, model_arguments: list[str], tmp_path: Path
+    launcher: Launcher, few_rows: list[str], tmp_path: Path
 ) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{{ extra }}")
     server = launcher.start(
-        *model_arguments, "--api-key", "one", "--api-key", "zwei-ü",
+        *few_rows, "--api-key", "one", "--api-key", "zwei-ü",
         "--chat-template", template, "--served-model-name", "my/model",
     )  # fmt: skip
     http = server.http

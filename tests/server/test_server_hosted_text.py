@@ -1,5 +1,6 @@
 """Guards that devices which are emulated or interpreted serve the text that the CPU serves: the npu
-platform over the emulator of torch_npu, those of GPUs with Triton's kernels interpreted."""
+platform over the emulator of torch_npu, those of GPUs with Triton's kernels interpreted, and xpu
+with torch's in their place."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import PATIENCE, Launcher, Running, install_hosted
+from serving import NAMED, PATIENCE, Launcher, Running, arguments, install_hosted
 from tiny_babbler import write_babbler
 
 PROMPTS = ("The first card", "An other, longer prompt: " + "one page and more. " * 8)
@@ -44,8 +45,9 @@ def answers(server: Running, tokens: int) -> list[str]:
     return [answer.choices[0].text for answer in made]
 
 
-def text_of(launcher: Launcher, platform: str, *arguments: str | Path, tokens: int) -> list[str]:
-    server = launcher.start(*arguments, "--platform", platform)
+def text_of(launcher: Launcher, platform: str, *flags: str | Path, tokens: int) -> list[str]:
+    named = arguments(NAMED.get(platform, {}))
+    server = launcher.start(*flags, "--platform", platform, *named)
     try:
         return answers(server, tokens)
     finally:
@@ -53,7 +55,9 @@ def text_of(launcher: Launcher, platform: str, *arguments: str | Path, tokens: i
         server.exit_code()
 
 
-@pytest.mark.parametrize("hosted", ["emulated_npu", *(wide(name) for name in INTERPRETED)])
+@pytest.mark.parametrize(
+    "hosted", ["emulated_npu", "hosted_xpu", *(wide(name) for name in INTERPRETED)]
+)
 def test_text_is_the_cpus(hosted: str, launcher: Launcher, tiny: Path) -> None:
     install_hosted(launcher.folder / "env", hosted)
     plain = ("--kernel", "linear=generic", "--kernel", "attention=sdpa")
@@ -63,7 +67,9 @@ def test_text_is_the_cpus(hosted: str, launcher: Launcher, tiny: Path) -> None:
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize(("hosted", "tokens"), [("emulated_npu", 12), ("interpreted_xpu", 4)])
+@pytest.mark.parametrize(
+    ("hosted", "tokens"), [("emulated_npu", 12), ("hosted_xpu", 12), ("interpreted_xpu", 4)]
+)
 def test_the_demo_models_text_is_the_cpus(hosted: str, tokens: int, patient: Launcher) -> None:
     """In float32, whose sums differ least, by the kernels that the platform chooses."""
     install_hosted(patient.folder / "env", hosted)

@@ -32,7 +32,7 @@ class Stream:
 
     def __init__(self, server: Running, **fields: Any) -> None:
         self._body = long_body(server, stream=True, **fields)
-        self._http = server.http
+        self._http, self._patience = server.http, server.deadline
         self._answered = threading.Event()
         self._status = 0
         self.events: list[str] = []
@@ -52,11 +52,11 @@ class Stream:
     @property
     def status(self) -> int:
         """Waits for the head of the answer."""
-        assert self._answered.wait(60)
+        assert self._answered.wait(self._patience)
         return self._status
 
     def end(self) -> list[str]:
-        self._thread.join(60)
+        self._thread.join(self._patience)
         assert not self._thread.is_alive()
         return self.events
 
@@ -103,12 +103,13 @@ def test_a_stop_string_frees_the_row(server: Running) -> None:
     server.until_running(0)
 
 
-def test_queue_full_is_429_with_retry_after(launcher: Launcher, model_arguments: list[str]) -> None:
-    server = launcher.start(*model_arguments, "--max-rows", 1, "--max-queue", 2)
+def test_queue_full_is_429_with_retry_after(launcher: Launcher, few_rows: list[str]) -> None:
+    server = launcher.start(*few_rows, "--max-rows", 1, "--max-queue", 2)
     running = begin(server)
-    until(lambda: server.metric("num_requests_running") == 1, "one to run")
+    server.until_running(1)
     waiting = [Stream(server) for _ in range(2)]
-    until(lambda: server.metric("num_requests_waiting") == 2, "two to wait")
+    waits = "num_requests_waiting"
+    until(lambda: server.metric(waits) == 2, "two to wait", server.deadline)
     refused = server.http.post("/v1/completions", json=long_body(server))
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
@@ -125,10 +126,8 @@ def test_queue_full_is_429_with_retry_after(launcher: Launcher, model_arguments:
         assert stream.end()
 
 
-def test_killed_engine_ends_streams_and_server(
-    launcher: Launcher, model_arguments: list[str]
-) -> None:
-    server = launcher.start(*model_arguments)
+def test_killed_engine_ends_streams_and_server(launcher: Launcher, few_rows: list[str]) -> None:
+    server = launcher.start(*few_rows)
     engine = server.engine_pid()
     streams = [Stream(server) for _ in range(3)]
     assert [stream.status for stream in streams] == [200] * 3
@@ -143,7 +142,7 @@ def test_killed_engine_ends_streams_and_server(
         last = json.loads(stream.end()[-1].removeprefix("data: "))
         assert last["error"]["code"] == "engine_dead"
         assert "data: [DONE]" not in stream.events
-    asker.join(60)
+    asker.join(server.deadline)
     assert whole[0].status_code == 503
     assert whole[0].json()["error"]["code"] == "engine_dead"
     assert whole[0].headers["retry-after"]
@@ -151,28 +150,26 @@ def test_killed_engine_ends_streams_and_server(
     assert "by signal 9" in server.log.read_text()
 
 
-def test_killed_server_takes_its_engine_along(
-    launcher: Launcher, model_arguments: list[str]
-) -> None:
-    server = launcher.start(*model_arguments)
+def test_killed_server_takes_its_engine_along(launcher: Launcher, few_rows: list[str]) -> None:
+    server = launcher.start(*few_rows)
     engine = psutil.Process(server.engine_pid())
     stream = Stream(server)
     assert stream.status == 200
     server.process.kill()
-    engine.wait(60)
+    engine.wait(server.deadline)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_drains(
-    launcher: Launcher, model_arguments: list[str], number: signal.Signals, platform: str
+    launcher: Launcher, few_rows: list[str], number: signal.Signals, platform: str
 ) -> None:
-    server = launcher.start(*model_arguments, "--drain-timeout", 60)
+    server = launcher.start(*few_rows, "--drain-timeout", launcher.deadline)
     http = server.http
     # Long enough to be running when the signal comes, on the toy too.
     stream = Stream(server, max_tokens=2000 if platform == "toy" else 60)
     assert stream.status == 200
     server.process.send_signal(number)
-    until(lambda: http.get("/ready").status_code == 503, "not ready any more")
+    until(lambda: http.get("/ready").status_code == 503, "not ready any more", server.deadline)
     refused = http.post("/v1/completions", json={"model": server.model, "prompt": "x"})
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "draining"
@@ -182,8 +179,8 @@ def test_signal_drains(
     assert server.exit_code() == 0
 
 
-def test_drain_timeout_ends_what_still_runs(launcher: Launcher, model_arguments: list[str]) -> None:
-    server = launcher.start(*model_arguments, "--drain-timeout", 0.2)
+def test_drain_timeout_ends_what_still_runs(launcher: Launcher, few_rows: list[str]) -> None:
+    server = launcher.start(*few_rows, "--drain-timeout", 0.2)
     stream = Stream(server)
     assert stream.status == 200
     server.terminate()
@@ -191,12 +188,13 @@ def test_drain_timeout_ends_what_still_runs(launcher: Launcher, model_arguments:
     assert server.exit_code() == 1
 
 
-def test_second_signal_does_not_wait(launcher: Launcher, model_arguments: list[str]) -> None:
-    server = launcher.start(*model_arguments, "--drain-timeout", 600)
+def test_second_signal_does_not_wait(launcher: Launcher, few_rows: list[str]) -> None:
+    server = launcher.start(*few_rows, "--drain-timeout", 600)
     stream = Stream(server)
     assert stream.status == 200
     server.terminate()
-    until(lambda: server.http.get("/ready").status_code == 503, "not ready any more")
+    http = server.http
+    until(lambda: http.get("/ready").status_code == 503, "not ready any more", server.deadline)
     server.terminate()
     assert "error" in json.loads(stream.end()[-1].removeprefix("data: "))
     assert server.exit_code() == 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import Launcher
+from serving import Launcher, Options
 
 from sixfold import LLM, SamplingParams
 from sixfold.common.errors import ConfigError, ContextLengthExceeded, RequestError, SixfoldError
@@ -24,9 +24,8 @@ def installed(launcher: Launcher) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def llm(installed: None, toy_model: Path, platform: str) -> Iterator[LLM]:
-    model = str(toy_model) if platform == "toy" else ""
-    with LLM(model, platform=platform, max_context=1024, max_queue=8) as llm:
+def llm(installed: None, served_options: Options) -> Iterator[LLM]:
+    with LLM(**{**served_options, "max_context": 1024, "max_queue": 8}) as llm:
         yield llm
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import DEADLINE, Running
+from serving import Running
 
 BROWSER = r"""
 const base = process.argv[2], stopAfter = Number(process.argv[3]);
@@ -67,7 +67,7 @@ def visit(server: Running, folder: Path, stop_after: int) -> dict[str, Any]:
     (folder / "browser.cjs").write_text(BROWSER)
     done = subprocess.run(
         [NODE, "browser.cjs", server.url, str(stop_after), "page.js"],
-        capture_output=True, text=True, cwd=folder, timeout=DEADLINE,
+        capture_output=True, text=True, cwd=folder, timeout=server.deadline,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)

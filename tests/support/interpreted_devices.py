@@ -1,6 +1,7 @@
-"""The cuda, rocm and xpu platforms as they are, with Triton's kernels in their interpreter: facts
-of the card that each one's interpreted suite has, tensors on the host. What differs from a real one
-is the device alone, and that no library of a vendor is installed. Chosen by name only."""
+"""The cuda, rocm and xpu platforms as they are, on facts of the card that each one's interpreted
+suite has and tensors on the host: with Triton's kernels in their interpreter, or, where the user
+names torch's kernels for every op, without Triton. What differs from a real one is the device
+alone, and that no library of a vendor is installed. Chosen by name only."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from sixfold.platforms.torch_runtime.interpreted import HostedDevice, start_inte
 FREE = 2 << 30
 
 
-class InterpretedDevice(HostedDevice):
+class HostTensors(HostedDevice):
     def attach(self) -> None:
         torch.set_num_threads(1)
         super().attach()
@@ -27,25 +28,29 @@ class InterpretedDevice(HostedDevice):
         return FREE, FREE
 
 
-def interpreted(package: str) -> Any:
-    """The platform of `sixfold.platforms.<package>`, under another name."""
+def hosted(package: str, triton: bool) -> Any:
+    """The platform of `sixfold.platforms.<package>`, under another name. Without `triton` its
+    kernels are there and cannot run: nothing starts the interpreter."""
     home = import_module(f"sixfold.platforms.{package}")
     recorded = home.RECORDED
 
-    class Interpreted(type(home.PLATFORM)):  # type: ignore[misc]
-        name = f"interpreted_{package}"
+    class Hosted(type(home.PLATFORM)):  # type: ignore[misc]
+        name = f"{'interpreted' if triton else 'hosted'}_{package}"
 
         def probe(self, machine: Machine) -> Probe:
             facts = home.device_facts(recorded, machine_with(recorded))
-            return Probe(True, RANK_BY_NAME, "Triton's interpreter", devices=(facts,))
+            how = "Triton's interpreter" if triton else "torch's kernels on host tensors"
+            return Probe(True, RANK_BY_NAME, how, devices=(facts,))
 
         def executor(self, spec: EngineSpec, facts: DeviceFacts) -> Executor:
-            start_interpreter()
+            if triton:
+                start_interpreter()
             register = import_module(f"{home.__name__}.kernels").register
-            device = InterpretedDevice(facts)
+            device = HostTensors(facts)
             return TorchExecutor(spec, device, lambda registry: register(registry, device))
 
-    return Interpreted()
+    return Hosted()
 
 
-CUDA, ROCM, XPU = (interpreted(package) for package in ("cuda", "rocm", "xpu"))
+CUDA, ROCM, XPU = (hosted(package, triton=True) for package in ("cuda", "rocm", "xpu"))
+XPU_WITHOUT_TRITON = hosted("xpu", triton=False)

@@ -22,6 +22,9 @@ from toy_checkpoint import toy_environment
 DEADLINE = 60.0
 """Seconds after which a condition that was waited for counts as failed."""
 
+Options = dict[str, Any]
+"""Fields of EngineConfig."""
+
 
 def until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> Any:
     """The first true value of `condition`; fails after the deadline."""
@@ -60,7 +63,8 @@ class Running:
         return float(found[0]) if found else 0.0
 
     def until_running(self, count: int) -> None:
-        until(lambda: self.metric("num_requests_running") == count, f"{count} running")
+        wanted = f"{count} running"
+        until(lambda: self.metric("num_requests_running") == count, wanted, self.deadline)
 
     def engine_pid(self) -> int:
         children = psutil.Process(self.process.pid).children(recursive=True)
@@ -123,7 +127,7 @@ class Launcher:
             capture_output=True,
             text=True,
             env=self.environment,
-            timeout=DEADLINE,
+            timeout=self.deadline,
             **options,
         )
 
@@ -148,21 +152,40 @@ HOSTED = {
     "interpreted_cuda": "support.interpreted_devices:CUDA",
     "interpreted_rocm": "support.interpreted_devices:ROCM",
     "interpreted_xpu": "support.interpreted_devices:XPU",
+    "hosted_xpu": "support.interpreted_devices:XPU_WITHOUT_TRITON",
 }
 """Platforms of devices that are not here: name -> where it is. They serve a tiny model."""
 
 PATIENCE = 900.0
 """Seconds for an answer of the demo model there."""
 
-# Triton's attention takes seconds a token in the interpreter: the tests of text have it.
-_INTERPRETED = ("--dtype", "float32", "--kernel", "attention=sdpa")
-SERVING_DEMO: dict[str, tuple[str, ...]] = {
-    "emulated_npu": ("--dtype", "bfloat16"),
+# In the interpreter Triton's attention takes seconds a token, and these two ops most of what is
+# left: the tests of text have them.
+_TORCHS = {"attention": "sdpa", "rope": "generic", "kv_write": "generic"}
+_INTERPRETED: Options = {"dtype": "float32", "kernels": _TORCHS}
+SERVING_DEMO: dict[str, Options] = {
+    "emulated_npu": {"dtype": "bfloat16", "max_rows": 32},
     "interpreted_cuda": _INTERPRETED,
     "interpreted_rocm": _INTERPRETED,
     "interpreted_xpu": _INTERPRETED,
+    "hosted_xpu": {"dtype": "float32"},
 }
 """What such a platform is asked for where it serves the demo model."""
+
+_TRITONS = "embedding rope silu_mul rms_norm add_rms_norm kv_write page_copy sample draw".split()
+WITHOUT_TRITON = {"attention": "sdpa", **dict.fromkeys(_TRITONS, "generic")}
+"""Of the ops of a Llama with plain matrices, those for which Triton comes first -> torch's."""
+
+NAMED: dict[str, Options] = {"hosted_xpu": {"kernels": WITHOUT_TRITON}}
+"""What such a platform is asked for with any model."""
+
+
+def arguments(options: Options) -> list[str]:
+    """Fields of EngineConfig as `sixfold serve` takes them."""
+    fields = {name: value for name, value in options.items() if name not in ("model", "kernels")}
+    flags = [[f"--{name.replace('_', '-')}", str(value)] for name, value in fields.items()]
+    flags += [["--kernel", f"{op}={name}"] for op, name in options.get("kernels", {}).items()]
+    return [*filter(None, [options.get("model")]), *(word for flag in flags for word in flag)]
 
 
 def install_hosted(folder: Path, name: str) -> None:
