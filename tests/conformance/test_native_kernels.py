@@ -72,6 +72,25 @@ def test_linear_on_every_form_of_weight(
         torch.testing.assert_close(NativeOps(issuer).embedding(ids, weight), values[ids].float())
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_spoils_its_row_and_no_other(
+    issuer: Issuer, form: Callable[[Tensor], PackedWeight], broken: float
+) -> None:
+    """Activations of quantised weights are rounded to bytes, which have no NaN."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 97), form(torch.randn(33, 97))
+    linear = NativeOps(issuer).linear
+    want = linear(x, weight)
+    rows = torch.tensor([0, 4, 8])
+    x = x.clone()
+    x[rows, torch.tensor([0, 50, 96])] = broken
+    got = linear(x, weight)
+    assert not got[rows].isfinite().any()
+    others = torch.tensor([row for row in range(9) if row not in rows])
+    assert torch.equal(got[others], want[others])
+
+
 @pytest.mark.parametrize("part_keys", [256, 3])
 def test_attention_equals_the_reference(
     issuer: Issuer, part_keys: int, monkeypatch: pytest.MonkeyPatch

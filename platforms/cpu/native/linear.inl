@@ -204,7 +204,8 @@ static void linear_run(const Instruction& c, const Step& step, int task) {
   }
 }
 
-// Rounds to nearest, ties to even. Infinities and NaN in the row give a row of no meaning.
+// Rounds to nearest, ties to even. A group with an infinity or NaN has the scale NaN, so that every
+// output of its row is NaN.
 static void quantise_row(const float* x, int64_t width, int8_t* out) {
   const int64_t groups = groups_of(width);
   const QuantisedRow row(out, groups);
@@ -216,12 +217,13 @@ static void quantise_row(const float* x, int64_t width, int8_t* out) {
       for (int i = 0; i < width - at; ++i) padded[i] = from[i];
       from = padded;
     }
-    nf largest{};
+    nf largest{}, nothing{};
     for (int i = 0; i < kGroup; i += W) {
       const nf v = load(from + i);
       largest = max_of(max_of(v, -v), largest);
+      nothing = nothing + v * 0.0f;
     }
-    const float most = max_lane(largest);
+    const float most = max_lane(largest), poison = sum_of(nothing);
     const float inverse = most > 0 ? 127.0f / most : 0.0f;
     ni sum[2] = {};
     for (int i = 0; i < kGroup; i += W) {
@@ -230,7 +232,7 @@ static void quantise_row(const float* x, int64_t width, int8_t* out) {
       sum[i / (kGroup / 2)] += q;
     }
     const int32_t first = sum_of_ints(sum[0]), second = sum_of_ints(sum[1]);
-    row.scale[g] = most / 127.0f;
+    row.scale[g] = most / 127.0f + poison;
     row.sum[g] = row.scale[g] * static_cast<float>(first + second);
     row.start[g] = -kOffset * (first + second);
     row.halves[2 * g] = -kOffset * first, row.halves[2 * g + 1] = -kOffset * second;
