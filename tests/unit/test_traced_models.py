@@ -79,10 +79,16 @@ class Target:
         return device, opaque
 
 
+class Valueless(XPUDevice):
+    """Over fake tensors, which have no numbers to check attention by."""
+
+    checks_attention = False
+
+
 PARTS: dict[str, tuple[Any, Any]] = {
     "cuda": (CUDADevice, register_cuda),
     "rocm": (ROCmDevice, register_rocm),
-    "xpu": (XPUDevice, register_xpu),
+    "xpu": (Valueless, register_xpu),
 }
 """Platform -> its device and what it registers."""
 
