@@ -17,6 +17,7 @@ from sixfold.platforms.interface_kv import KVGroup, KVKind
 from sixfold.platforms.interface_step import StepBatch
 from sixfold.platforms.mlx import page_products
 from sixfold.platforms.mlx.caches import PagedCache
+from sixfold.platforms.mlx.forms import forms
 from sixfold.platforms.mlx.kernels import GENERIC
 from sixfold.platforms.mlx.page_kernels import paged_attention
 from sixfold.platforms.mlx.pools import LayerPages
@@ -47,12 +48,12 @@ def test_tokens_are_mlx_lms_in_either_form(tmp_path: Path, name: str) -> None:
     rng = np.random.default_rng(11)
     asked = [rng.integers(0, VOCAB, length).tolist() for length in (1, 9, 34, 70)]
     expected = own_greedy(path, asked, GREEDY.max_tokens or 0)
-    for form in ("mlx-lm", "parts"):
-        kernels = dict.fromkeys(called(build(name)), form)
+    for number in (0, 1):  # mlx-lm's own, and the other
+        kernels = {op: list(forms(op))[number] for op in called(build(name))}
         with running(path, kernels=kernels, max_step_tokens=67) as (engine, info):
             assert complete(engine, asked) == expected
         chosen = {d.what: (d.chosen, d.because) for d in info.decisions}
-        for op in kernels:
+        for op, form in kernels.items():
             assert chosen[f"kernel {op}"] == (form, "named by the user")
 
 
