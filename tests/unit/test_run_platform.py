@@ -99,8 +99,9 @@ def test_the_device_decides_what_is_run() -> None:
 
 def test_what_another_platforms_run_shows_is_run_once_unless_named() -> None:
     assert "interpreted_kernels" in names("cuda", False)
-    hosted = ["interpreted_http", "interpreted_http_demo", "hosted_text_interpreted"]
-    assert names("xpu", False) == ["hosted_kernels", *hosted, "contracts", "traced"]
+    hosted = ["hosted_http_demo", "hosted_text", "hosted_kernels"]
+    interpreted = ["interpreted_http", "interpreted_http_demo", "hosted_text_interpreted"]
+    assert names("xpu", False) == [*hosted, *interpreted, "contracts", "traced"]
     assert names("xpu", False, checks="interpreted_kernels") == ["interpreted_kernels"]
 
 
